@@ -1,0 +1,58 @@
+# Each target works in a fresh clone: it creates .venv, installs the pinned versions, then does its job.
+# A second call reuses .venv; a change of pyproject.toml or constraints.txt installs again.
+
+PYTHON   ?= python3
+ARGS     ?=
+PIP_ARGS ?= --quiet
+WORKERS  ?= 2
+THREADS  ?= 1
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt
+SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## list the targets and variables
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
+	@echo "WORKERS=2       test processes, THREADS=1 threads in each"
+	@echo "PIP_ARGS='...'  options for pip instead of --quiet: an --index-url, or nothing to watch the installation"
+	@echo "PYTHON=python3  the interpreter that creates .venv"
+
+demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with graph sampling
+	$(BIN)/python examples/glyphs.py $(ARGS)
+
+test: lint ## lint, then the whole test suite
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## let ruff fix and format the sources
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/venv.stamp:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
+	@echo "Installing the demo's packages into $(VENV) (first call only)"
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+# dev contains demo
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
+	@echo "Installing the development packages into $(VENV) (first call only)"
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/demo.stamp $@

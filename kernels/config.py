@@ -1,0 +1,51 @@
+"""The only table of tile sizes, warps and stages.
+
+A shape class (location count, element size) picks a row; sizes that change from batch to batch (P, G, K, N) never do,
+so a new batch size or K compiles nothing new. Tile letters as in README.md: BS and BR locations, BC channels,
+BM and BN items.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tile sizes (the kernel's constexpr arguments) with the launch's warps and pipeline stages."""
+
+    tiles: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def argmax_dtype(locations: int) -> torch.dtype:
+    """The smallest dtype that holds a location."""
+    return torch.uint8 if locations <= 256 else torch.int16
+
+
+def _power_of_two(size: int, low: int, high: int) -> int:
+    """The smallest power of two that holds `size`, within `[low, high]`."""
+    return min(max(1 << (size - 1).bit_length(), low), high)
+
+
+def correlation_forward(locations: int, channels: int, element_size: int) -> Config:
+    """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program."""
+    tile = _power_of_two(locations, 16, 64)
+    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128 // element_size), "KP": 8}
+    return Config(tiles, num_warps=4, num_stages=3)
+
+
+def correlation_backward(locations: int, channels: int, element_size: int) -> Config:
+    """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator."""
+    tile = _power_of_two(locations, 16, 64)
+    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 256 // element_size)}
+    return Config(tiles, num_warps=4, num_stages=2)
+
+
+def cosine_topk(element_size: int) -> Config:
+    """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD."""
+    if element_size == 2:
+        return Config({"BM": 128, "BN": 128, "BD": 64}, num_warps=8, num_stages=3)
+    return Config({"BM": 64, "BN": 64, "BD": 32}, num_warps=4, num_stages=3)

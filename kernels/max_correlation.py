@@ -1,0 +1,344 @@
+"""Correlation of feature maps with the best match kept both ways, and its gradients. README.md has the math.
+
+One program of the forward holds one probe map and streams neighbour maps past it; the `[S, S]` correlation lives in
+registers only. The backward rebuilds the sparse gradient of that correlation from the saved argmax, tile by tile, and
+multiplies it on the tensor cores: `probe_gradient` stays on a probe and streams its neighbours, `gallery_gradient`
+stays on a gallery map and streams the probes that met it. No atomics; the order of every sum is fixed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .edges import Edges
+from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, unsortable
+
+
+def precision() -> str:
+    """How fp32 operands are multiplied, from `torch.get_float32_matmul_precision()`."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@triton.jit
+def _forward_kernel(
+    p_probe,  # [P, S, C]
+    p_gallery,  # [G, S, C], any strides
+    p_index,  # [P, K] int64
+    p_order,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
+    p_pooled,  # [P, K, 2S] fp32
+    p_argmax,  # [P, K, 2S] uint8 or int16
+    p_rnorm,  # [P, K, S] fp32
+    P,
+    K,
+    S,
+    C,
+    stride_gallery_g,
+    stride_gallery_s,
+    stride_gallery_c,
+    HAS_INDEX: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    KP: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    i_p = (i_program % P).to(tl.int64)
+    if HAS_ORDER:
+        i_p = tl.load(p_order + i_p)
+    i_first = (i_program // P) * KP
+    p_map = p_probe + i_p * S * C
+
+    for i_k in range(i_first, tl.minimum(i_first + KP, K)):
+        i_pair = i_p * K + i_k
+        i_g = tl.cast(i_k, tl.int64)
+        if HAS_INDEX:
+            i_g = tl.load(p_index + i_pair)
+        is_pair = i_g >= 0
+        p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
+
+        for i_s in range(0, S, BS):
+            o_s = i_s + tl.arange(0, BS)
+            m_s = o_s < S
+            b_best_s = tl.full([BS], LOWEST, tl.int32)
+            b_arg_s = tl.zeros([BS], tl.int32)
+
+            for i_r in range(0, S, BR):
+                o_r = i_r + tl.arange(0, BR)
+                m_r = o_r < S
+                b_corr = tl.zeros([BR, BS], tl.float32)
+                b_squares = tl.zeros([BR], tl.float32)
+                for i_c in range(0, C, BC):
+                    o_c = i_c + tl.arange(0, BC)
+                    m_c = o_c < C
+                    b_neighbor = tl.load(
+                        p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
+                        mask=m_r[:, None] & m_c[None, :],
+                        other=0.0,
+                    )
+                    b_probe = tl.load(
+                        p_map + o_s[None, :] * C + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0
+                    )
+                    if NORMALIZE:
+                        b_wide = b_neighbor.to(tl.float32)
+                        b_squares += tl.sum(b_wide * b_wide, axis=1)
+                    # [BR, BC] @ [BC, BS] -> [BR, BS]
+                    b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
+                if NORMALIZE:
+                    b_rnorm = inverse_norm(b_squares)
+                    b_corr *= b_rnorm[:, None]
+                    tl.store(p_rnorm + i_pair * S + o_r, b_rnorm, mask=m_r & (i_s == 0))
+                b_corr = tl.where(is_pair, b_corr, float("nan"))
+                b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
+
+                b_best = tl.max(b_key, axis=0)
+                b_arg = tl.min(tl.where(b_key == b_best[None, :], o_r[:, None], HIGHEST), axis=0)
+                b_arg_s = tl.where(b_best > b_best_s, b_arg, b_arg_s)  # an equal one further on loses
+                b_best_s = tl.maximum(b_best_s, b_best)
+
+                b_best_r = tl.max(b_key, axis=1)
+                b_arg_r = tl.min(tl.where(b_key == b_best_r[:, None], o_s[None, :], HIGHEST), axis=1)
+                o_out = i_pair * 2 * S + S + o_r
+                if i_s > 0:
+                    tl.debug_barrier()  # the earlier blocks of s were written by other threads of this program
+                    b_seen = sortable(tl.load(p_pooled + o_out, mask=m_r, other=0.0))
+                    b_seen_arg = tl.load(p_argmax + o_out, mask=m_r, other=0).to(tl.int32)
+                    b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
+                    b_best_r = tl.maximum(b_best_r, b_seen)
+                    tl.debug_barrier()
+                tl.store(p_pooled + o_out, unsortable(b_best_r), mask=m_r)
+                tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
+
+            o_out = i_pair * 2 * S + o_s
+            tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s)
+            tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s)
+
+
+def forward(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward for `probe [P, S, C]` (contiguous) and `gallery [G, S, C]`; see `ops.max_correlation`.
+
+    Returns:
+        pooled fp32 `[P, K, 2S]`, argmax `[P, K, 2S]`, and the inverse norms of the neighbours' locations fp32
+        `[P, K, S]` (empty unless `normalize_gallery`).
+    """
+    probes, locations, channels = probe.shape
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
+    pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
+    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
+    rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
+    if pooled.numel() == 0:
+        return pooled, argmax, rnorm
+    tiles, num_warps, num_stages = config.correlation_forward(locations, channels, probe.element_size())
+    order = None if group is None else group.argsort(stable=True)
+    grid = (probes * triton.cdiv(neighbors, tiles["KP"]),)
+    _forward_kernel[grid](
+        probe, gallery, index, order, pooled, argmax, rnorm,
+        probes, neighbors, locations, channels, *gallery.stride(),
+        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=normalize_gallery,
+        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return pooled, argmax, rnorm
+
+
+@triton.jit
+def _probe_gradient_kernel(
+    p_grad,  # [P, K, 2S] fp32
+    p_argmax,  # [P, K, 2S]
+    p_rnorm,  # [P, K, S] fp32
+    p_gallery,  # [G, S, C], any strides
+    p_index,  # [P, K] int64
+    p_scale,  # [1] fp32, brings the gradients into the range of half precision
+    p_out,  # [P, S, C]
+    K,
+    S,
+    C,
+    stride_gallery_g,
+    stride_gallery_s,
+    stride_gallery_c,
+    HAS_INDEX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_p = tl.program_id(0).to(tl.int64)
+    o_s = tl.program_id(1) * BS + tl.arange(0, BS)
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    m_s = o_s < S
+    m_c = o_c < C
+    scale = tl.load(p_scale)
+
+    b_out = tl.zeros([BS, BC], tl.float32)
+    for i_k in range(0, K):
+        i_pair = i_p * K + i_k
+        i_g = tl.cast(i_k, tl.int64)
+        if HAS_INDEX:
+            i_g = tl.load(p_index + i_pair)
+        is_pair = i_g >= 0
+        p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
+        m_pair_s = m_s & is_pair
+        o_pair = i_pair * 2 * S
+        b_arg_s = tl.load(p_argmax + o_pair + o_s, mask=m_pair_s, other=0).to(tl.int32)
+        b_grad_s = tl.load(p_grad + o_pair + o_s, mask=m_pair_s, other=0.0) * scale
+        for i_r in range(0, S, BR):
+            o_r = i_r + tl.arange(0, BR)
+            m_r = (o_r < S) & is_pair
+            b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
+            b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
+            b_weight = match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r)
+            if NORMALIZE:
+                b_weight *= tl.load(p_rnorm + i_pair * S + o_r, mask=m_r, other=0.0)[None, :]
+            b_neighbor = tl.load(
+                p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
+                mask=m_r[:, None] & m_c[None, :],
+                other=0.0,
+            ).to(p_out.dtype.element_ty)
+            # [BS, BR] @ [BR, BC] -> [BS, BC]
+            b_out = dot(b_weight.to(b_neighbor.dtype), b_neighbor, b_out, PRECISION)
+
+    o_out = i_p * S * C + o_s[:, None] * C + o_c[None, :]
+    tl.store(p_out + o_out, (b_out / scale).to(p_out.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
+
+
+def probe_gradient(
+    grad: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None
+) -> Tensor:
+    """Launch the gradient to the probe maps, `[P, S, C]` in their dtype, from `grad` fp32 `[P, K, 2S]`."""
+    probes, locations, channels = probe.shape
+    out = torch.empty_like(probe)
+    if out.numel() == 0 or grad.numel() == 0:
+        return out.zero_()
+    tiles, num_warps, num_stages = config.correlation_backward(locations, channels, probe.element_size())
+    grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
+    _probe_gradient_kernel[grid](
+        grad, argmax, rnorm, gallery, index, gradient_scale(grad), out,
+        grad.shape[1], locations, channels, *gallery.stride(),
+        HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0,
+        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gallery_gradient_kernel(
+    p_grad,  # [P, K, 2S] fp32
+    p_pooled,  # [P, K, 2S] fp32
+    p_argmax,  # [P, K, 2S]
+    p_rnorm,  # [P, K, S] fp32
+    p_probe,  # [P, S, C]
+    p_gallery,  # [G, S, C], any strides
+    p_classes,  # [T] int64: the gallery map of slot t, -1 for none
+    p_offsets,  # [T + 1] int64: slot t's pairs
+    p_pairs,  # [P*K] int64
+    p_scale,  # [1] fp32
+    p_out,  # [G or T, S, C]
+    P,
+    K,
+    S,
+    C,
+    stride_gallery_g,
+    stride_gallery_s,
+    stride_gallery_c,
+    HAS_INDEX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_slot = tl.program_id(0).to(tl.int64)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
+    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    m_r = o_r < S
+    m_c = o_c < C
+    scale = tl.load(p_scale)
+    i_g = i_slot
+    i_begin = i_slot * 0
+    i_end = i_begin + P
+    if HAS_INDEX:
+        i_g = tl.load(p_classes + i_slot)
+        i_begin = tl.load(p_offsets + i_slot)
+        i_end = tl.load(p_offsets + i_slot + 1)
+
+    b_out = tl.zeros([BR, BC], tl.float32)
+    b_along = tl.zeros([BR], tl.float32)  # <unit neighbour, its gradient>: the part that normalising removes
+    b_rnorm = tl.zeros([BR], tl.float32)
+    for i in range(i_begin, i_end):
+        i_pair = i * K + i_slot
+        if HAS_INDEX:
+            i_pair = tl.load(p_pairs + i)
+        i_p = i_pair // K
+        o_pair = i_pair * 2 * S
+        b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
+        b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
+        if NORMALIZE:
+            b_along += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
+            b_rnorm = tl.load(p_rnorm + i_pair * S + o_r, mask=m_r, other=0.0)
+        for i_s in range(0, S, BS):
+            o_s = i_s + tl.arange(0, BS)
+            m_s = o_s < S
+            b_arg_s = tl.load(p_argmax + o_pair + o_s, mask=m_s, other=0).to(tl.int32)
+            b_grad_s = tl.load(p_grad + o_pair + o_s, mask=m_s, other=0.0) * scale
+            b_weight = tl.trans(match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r))
+            if NORMALIZE:
+                b_pull = b_grad_s * tl.load(p_pooled + o_pair + o_s, mask=m_s, other=0.0)
+                b_along += tl.sum(tl.where(b_arg_s[None, :] == o_r[:, None], b_pull[None, :], 0.0), axis=1)
+            b_probe = tl.load(
+                p_probe + i_p * S * C + o_s[:, None] * C + o_c[None, :], mask=m_s[:, None] & m_c[None, :], other=0.0
+            )
+            # [BR, BS] @ [BS, BC] -> [BR, BC]
+            b_out = dot(b_weight.to(b_probe.dtype), b_probe, b_out, PRECISION)
+
+    m_out = m_r[:, None] & m_c[None, :] & (i_g >= 0)
+    if NORMALIZE:
+        o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c
+        b_unit = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0).to(tl.float32)
+        b_unit *= b_rnorm[:, None]
+        b_out = (b_out - b_unit * b_along[:, None]) * b_rnorm[:, None]
+    i_row = i_slot if COMPACT else i_g
+    o_out = i_row * S * C + o_r[:, None] * C + o_c[None, :]
+    tl.store(p_out + o_out, (b_out / scale).to(p_out.dtype.element_ty), mask=m_out)
+
+
+def gallery_gradient(
+    grad: Tensor, pooled: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor,
+    edges: Edges | None, compact: bool,
+) -> Tensor:  # fmt: skip
+    """Launch the gradient to the gallery maps, in their dtype.
+
+    Returns:
+        `[G, S, C]`, zero for maps that no probe met; with `compact`, `[T, S, C]` for the slots of `edges` only.
+    """
+    probes, locations, channels = probe.shape
+    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    rows = slots if compact else gallery.shape[0]
+    allocate = gallery.new_zeros if edges is not None or grad.numel() == 0 else gallery.new_empty
+    out = allocate((rows, locations, channels))
+    if out.numel() == 0 or grad.numel() == 0 or slots == 0:
+        return out
+    classes, offsets, pairs = edges if edges is not None else (None, None, None)
+    tiles, num_warps, num_stages = config.correlation_backward(locations, channels, probe.element_size())
+    grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
+    _gallery_gradient_kernel[grid](
+        grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, gradient_scale(grad), out,
+        probes, grad.shape[1], locations, channels, *gallery.stride(),
+        HAS_INDEX=edges is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
+        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+    return out
+
+
+def gradient_scale(grad: Tensor) -> Tensor:
+    """A power of two `[1]` that brings the largest gradient near 1: fp16 weights neither overflow nor vanish."""
+    largest = torch.nan_to_num(grad.abs().amax(), nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
+    return torch.exp2(-largest.log2().floor()).reshape(1)

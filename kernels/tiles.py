@@ -1,0 +1,60 @@
+"""Small device helpers shared by the kernels."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-(2**31))  # below the sortable form of every float, -inf included
+HIGHEST = tl.constexpr(2**31 - 1)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """`sums + a @ b`, accumulated in fp32."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def sortable(values):
+    """Map float32 to int32 in the same order: NaN above everything, -0 equal to +0.
+
+    Integer maxima propagate NaN and break ties as we say, on every device and in the interpreter; float ones do not.
+    """
+    bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
+    bits = tl.where(values != values, HIGHEST, bits)  # one NaN, positive
+    return bits ^ ((bits >> 31) & HIGHEST)
+
+
+@triton.jit
+def unsortable(keys):
+    """The float32 that `sortable` came from."""
+    return (keys ^ ((keys >> 31) & HIGHEST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_norm(squares):
+    """`1 / sqrt(squares)`, and zero for a zero vector."""
+    is_zero = squares == 0.0
+    return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, squares)))
+
+
+@triton.jit
+def match_weights(
+    b_arg_s,  # [BS] for each s the best r
+    b_grad_s,  # [BS]
+    b_arg_r,  # [BR] for each r the best s
+    b_grad_r,  # [BR]
+    o_s,  # [BS]
+    o_r,  # [BR]
+):
+    """The gradient of the correlation tile, `[BS, BR]`: zero but where a location's best match lies."""
+    over_r = tl.where(b_arg_s[:, None] == o_r[None, :], b_grad_s[:, None], 0.0)
+    over_s = tl.where(b_arg_r[None, :] == o_s[:, None], b_grad_r[None, :], 0.0)
+    return over_r + over_s

@@ -1,0 +1,25 @@
+"""QAConv matching with graph sampling, on Triton kernels: every location of a map against every location of another.
+
+    from qaconv_triton import QAConv, SoftmaxTripletLoss
+
+`SPEC` in the README: shapes, semantics, errors. Query-adaptive convolution: arXiv:1904.10424; graph sampling:
+arXiv:2104.01546.
+"""
+
+from . import functional
+from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
+from .matcher import QAConv
+from .sampler import GraphSampler
+from .scores import ClassScores
+
+__all__ = [
+    "ClassMemoryLoss",
+    "ClassScores",
+    "GraphSampler",
+    "PairwiseMatchingLoss",
+    "QAConv",
+    "SoftmaxTripletLoss",
+    "TripletLoss",
+    "functional",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""Input checks shared by the modules: every error restates what came in, and nothing has changed when it is raised."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+CHECKS_VARIABLE = "QACONV_TRITON_CHECKS"
+
+
+def values_may_be_read(tensor: Tensor) -> bool:
+    """Whether looking at values costs no stall: CPU tensors, or CUDA ones when the user asked for checks."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get(CHECKS_VARIABLE) == "1"
+
+
+def check_maps(
+    maps: Tensor,
+    name: str,
+    *,
+    channels: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Require `maps` to be real floating-point feature maps `[B, C, H, W]`, of the given `C`, `H`, `W` where given.
+
+    Raises:
+        TypeError: not a tensor, or not float16/bfloat16/float32/float64.
+        ValueError: not 4-D, or `C, H, W` other than expected.
+    """
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"{name}: expected a tensor [B, C, H, W], got {type(maps).__name__}")
+    expected = ", ".join(
+        letter if size is None else str(size)
+        for letter, size in (("B", None), ("C", channels), ("H", height), ("W", width))
+    )
+    wanted = (channels, height, width)
+    if maps.dim() != 4 or any(
+        size is not None and size != got for size, got in zip(wanted, maps.shape[1:], strict=True)
+    ):
+        raise ValueError(f"{name}: expected feature maps [{expected}], got shape {list(maps.shape)}")
+    if maps.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {maps.dtype}")
+
+
+def check_device(tensor: Tensor, name: str, device: torch.device, owner: str) -> None:
+    """Require `tensor` on `device`, where `owner` (for the message) lives.
+
+    Raises:
+        ValueError: another device.
+    """
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but {owner} is on {device}")
+
+
+def check_visibility(visibility: Tensor, name: str, maps: Tensor) -> None:
+    """Require a visibility map `[B, 1, H, W]` (or `[B, H, W]`) for `maps [B, C, H, W]`, on their device.
+
+    Raises:
+        TypeError: not a real floating-point tensor.
+        ValueError: another shape or device.
+    """
+    batch, _, height, width = maps.shape
+    if not isinstance(visibility, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{batch}, 1, {height}, {width}], got {type(visibility).__name__}")
+    if tuple(visibility.shape) not in ((batch, 1, height, width), (batch, height, width)):
+        raise ValueError(
+            f"{name}: expected shape [{batch}, 1, {height}, {width}] for feature maps {list(maps.shape)}, "
+            f"got {list(visibility.shape)}"
+        )
+    if not visibility.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {visibility.dtype}")
+    check_device(visibility, name, maps.device, "the feature maps")
+
+
+def check_labels(labels: Tensor, batch: int, num_classes: int | None, device: torch.device) -> Tensor:
+    """Return `labels` as int64 after requiring `batch` integer class ids in `[0, num_classes)`, on `device`.
+
+    The range is checked where that does not stall a stream: on the CPU, or anywhere with `QACONV_TRITON_CHECKS=1`.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: not of shape `[batch]`, or on another device.
+        IndexError: a label outside `[0, num_classes)`.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected an integer tensor [{batch}], got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if tuple(labels.shape) != (batch,):
+        raise ValueError(f"labels: expected shape [{batch}], one per sample, got {list(labels.shape)}")
+    check_device(labels, "labels", device, "the features")
+    labels = labels.long()
+    if num_classes is not None and values_may_be_read(labels):
+        check_index(labels, num_classes, "labels", "classes")
+    return labels
+
+
+def check_index(index: Tensor, size: int, name: str, items: str) -> None:
+    """Require every value of `index` in `[0, size)`.
+
+    Raises:
+        IndexError: naming the first values that are not.
+    """
+    outside = (index < 0) | (index >= size)
+    if bool(outside.any()):
+        first = index[outside][:5].tolist()
+        raise IndexError(f"{name}: expected values in [0, {size}) for {size} {items}, got {first}")
+
+
+def check_count(value: int, name: str, *, low: int, high: int | None, why: str) -> None:
+    """Require an int in `[low, high]`; `why` says where the bound comes from.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: outside the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bound} ({why}), got {value}")
+
+
+def check_finite_rows(table: Tensor, name: str) -> None:
+    """Require every row of `table [N, ...]` to be finite, without a copy of the table.
+
+    Raises:
+        ValueError: naming the first classes with NaN or Inf.
+    """
+    if table.shape[0] == 0:
+        return
+    every_other = tuple(range(1, table.dim()))
+    finite = torch.isfinite(table.amin(every_other)) & torch.isfinite(table.amax(every_other))
+    broken = finite.logical_not().nonzero().flatten()
+    if broken.numel():
+        raise ValueError(
+            f"{name} holds NaN or Inf in {broken.numel()} of {table.shape[0]} classes, first: {broken[:5].tolist()}"
+        )

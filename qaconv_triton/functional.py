@@ -1,0 +1,176 @@
+"""Typed public functions: cosine top-k, the class-neighbour graph, and the two-sided maximum correlation."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .checks import check_count, check_device, check_finite_rows, check_index, check_maps, check_visibility
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _embeddings(values: Tensor, name: str) -> Tensor:
+    """Check `[N, D]` or `[N, C, H, W]` embeddings and flatten them to `[N, D]`, without a copy where possible."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a tensor [N, D] or [N, C, H, W], got {type(values).__name__}")
+    if values.dim() not in (2, 4):
+        raise ValueError(f"{name}: expected [N, D] or [N, C, H, W], got shape {list(values.shape)}")
+    if values.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {values.dtype}")
+    if values.dim() == 4:
+        # Cosine does not mind the order of coordinates: take the one in memory.
+        values = values.permute(0, 2, 3, 1) if values.is_contiguous(memory_format=torch.channels_last) else values
+    return values.detach().flatten(1)
+
+
+def topk_cosine(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k keys of largest cosine similarity for every query, exactly, without the `[P, N]` matrix.
+
+    Args:
+        queries: `[P, D]` (or `[P, C, H, W]`, flattened), float16, bfloat16, float32 or float64.
+        keys: `[N, D]` (or `[N, C, H, W]`), same dtype and device.
+        k: between 1 and N.
+
+    Returns:
+        similarities `[P, k]`, falling, fp32 (fp64 for fp64), and indices int64 `[P, k]`; equal similarities by rising
+        index. A zero vector has similarity 0 with everything. Not differentiable.
+
+    Raises:
+        TypeError: integer or complex inputs, dtypes that differ, k not an int.
+        ValueError: shapes that do not fit, tensors on different devices, k out of range.
+
+    Example:
+        >>> similarities, indices = topk_cosine(torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 1, 0]]), k=1)
+        >>> indices.flatten().tolist()
+        [0, 1, 0]
+    """
+    flat_queries, flat_keys = _embeddings(queries, "queries"), _embeddings(keys, "keys")
+    if queries.shape[1:] != keys.shape[1:]:
+        raise ValueError(f"queries {list(queries.shape)} and keys {list(keys.shape)} differ in more than their number")
+    if queries.dtype != keys.dtype:
+        raise TypeError(f"queries are {queries.dtype}, but keys are {keys.dtype}")
+    if queries.dim() == 4 and _layout(queries) != _layout(keys):
+        flat_queries, flat_keys = queries.detach().flatten(1), keys.detach().flatten(1)
+    check_device(queries, "queries", keys.device, "keys")
+    check_count(k, "k", low=1, high=keys.shape[0], why=f"there are {keys.shape[0]} keys")
+    similarities, indices = ops.cosine_topk(flat_queries, flat_keys, k, False)
+    return similarities, indices
+
+
+def _layout(maps: Tensor) -> bool:
+    return maps.is_contiguous(memory_format=torch.channels_last)
+
+
+@overload
+def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: Literal[False] = False) -> Tensor: ...
+@overload
+def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Find the k nearest other classes of every class by cosine similarity (graph sampling, arXiv:2104.01546).
+
+    A class is left out of its own list by id, so classes with coinciding embeddings are each other's neighbours.
+    Exact; memory beyond the output is O(N k) and a bounded workspace, never `[N, N]`.
+
+    Args:
+        embeddings: class table `[N, C, H, W]` or `[N, D]`, float16, bfloat16, float32 or float64.
+        k: between 1 and N - 1.
+        return_similarities: also return the similarities.
+
+    Returns:
+        int64 `[N, k]` class ids in falling similarity, equal similarities by rising id; with `return_similarities`,
+        `(similarities, ids)`, the former fp32 (fp64 for fp64) `[N, k]`. Not differentiable.
+
+    Raises:
+        TypeError: integer or complex embeddings, k not an int.
+        ValueError: another shape, k out of range, NaN or Inf in the table (naming the first such classes).
+
+    Example:
+        >>> class_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).flatten().tolist()
+        [1, 0, 1]
+    """
+    flat = _embeddings(embeddings, "embeddings")
+    classes = flat.shape[0]
+    check_count(k, "k", low=1, high=classes - 1, why=f"each of {classes} classes has {classes - 1} others")
+    check_finite_rows(flat, "embeddings")
+    similarities, indices = ops.cosine_topk(flat, flat, k, True)
+    return (similarities, indices) if return_similarities else indices
+
+
+def correlation_dtype(maps: Tensor) -> torch.dtype:
+    """The dtype correlations of `maps` are taken in: autocast's where it is on, else their own."""
+    if torch.is_autocast_enabled(maps.device.type) and maps.dtype != torch.float64:
+        return torch.get_autocast_dtype(maps.device.type)
+    return maps.dtype
+
+
+def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Normalise `maps [B, C, H, W]` over C at every location, weight them by visibility, and cast, channels-last.
+
+    The arithmetic is fp32 (fp64 for fp64), whatever the maps' dtype. A zero vector stays zero.
+    """
+    batch, _, height, width = maps.shape
+    wide = maps.permute(0, 2, 3, 1)
+    wide = wide.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    unit = reference.normalize(wide)
+    if visibility is not None:
+        unit = unit * visibility.to(unit.dtype).reshape(batch, height, width, 1)
+    return unit.to(dtype, memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+
+
+def max_correlation(
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None = None,
+    *,
+    probe_occ: Tensor | None = None,
+    gallery_occ: Tensor | None = None,
+) -> Tensor:
+    """Compare every location of probe maps with every location of gallery maps and keep the best match, both ways.
+
+    `corr[p, g, r, s] = w_p[s] w_g[r] <probe[p, :, s], gallery[g, :, r]>` with both maps normalised over C; the
+    `[S, S]` correlations are never materialised. (QAConv, arXiv:1904.10424, section 3.2.)
+
+    Args:
+        probe: `[P, C, H, W]`, float16, bfloat16, float32 or float64.
+        gallery: `[G, C, H, W]`; follows the probe's dtype. Under autocast both take autocast's.
+        index: int64 `[P, K]` rows of `gallery` to compare each probe with; every pair where None.
+        probe_occ: visibility of probe locations `[P, 1, H, W]`, in [0, 1]; 1 where None.
+        gallery_occ: visibility of gallery locations `[G, 1, H, W]`.
+
+    Returns:
+        pooled `[P, G, 2S]`, or `[P, K, 2S]` with `index`, fp32 (fp64 for fp64): the maximum over r for each s, then
+        the maximum over s for each r. Differentiable in maps and visibility; a tie goes to the lowest location.
+
+    Raises:
+        TypeError: integer or complex maps, index not int64.
+        ValueError: shapes or devices that do not fit.
+        IndexError: an index outside `[0, G)` (checked on the CPU; on CUDA with `QACONV_TRITON_CHECKS=1`).
+
+    Example:
+        >>> maps = torch.randn(2, 8, 3, 3)
+        >>> max_correlation(maps, maps).shape
+        torch.Size([2, 2, 18])
+    """
+    check_maps(probe, "probe")
+    channels, height, width = probe.shape[1:]
+    check_maps(gallery, "gallery", channels=channels, height=height, width=width)
+    check_device(gallery, "gallery", probe.device, "probe")
+    for visibility, name, maps in ((probe_occ, "probe_occ", probe), (gallery_occ, "gallery_occ", gallery)):
+        if visibility is not None:
+            check_visibility(visibility, name, maps)
+    if index is not None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index: expected an int64 tensor [{probe.shape[0]}, K], got {got}")
+        if index.dim() != 2 or index.shape[0] != probe.shape[0]:
+            raise ValueError(f"index: expected shape [{probe.shape[0]}, K], got {list(index.shape)}")
+        check_device(index, "index", probe.device, "probe")
+        check_index(index, gallery.shape[0], "index", "gallery items")
+    dtype = correlation_dtype(probe)
+    ready = prepare_maps(probe, probe_occ, dtype), prepare_maps(gallery, gallery_occ, dtype)
+    pooled: Tensor = ops.max_correlation(*ready, index, None, False, False)[0]
+    return pooled

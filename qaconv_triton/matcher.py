@@ -1,0 +1,365 @@
+"""QAConv as a module: it keeps the parameters and the class graph, and puts the functional pieces together.
+
+Query-adaptive convolution: Liao & Shao, ECCV 2020, arXiv:1904.10424. Graph sampling: CVPR 2022, arXiv:2104.01546.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, ops
+from .checkpoint import convert_shared_fc
+from .checks import check_count, check_device, check_labels, check_maps, check_visibility, values_may_be_read
+from .scores import ClassScores, pair_scores
+
+POOLED_BYTES = 128 * 2**20  # of pooled values at a time where nothing needs them later
+
+
+class QAConv(nn.Module):
+    """Score pairs of feature maps by their best local matches; with classes, against each class's nearest only.
+
+    Args:
+        num_features: C, channels of the feature maps.
+        height: H.
+        width: W.
+        num_classes: N, size of the class table `class_embed [N, C, H, W]`; no class path where None.
+        k_nearest: K, neighbour classes per class, between 1 and N - 1.
+        include_self: score a sample's own class as well, after its K neighbours.
+        sparse_grad: `class_embed.grad` is a `torch.sparse_coo` tensor of the touched rows, for `SparseAdam` or `SGD`,
+            as with `nn.Embedding(sparse=True)`. Not under `torch.compile`.
+
+    Raises:
+        TypeError: a size that is not an int.
+        ValueError: a size below 1, or `k_nearest` above N - 1.
+
+    Example:
+        >>> matcher = QAConv(64, 7, 7, num_classes=100, k_nearest=10)
+        >>> features, labels = torch.randn(4, 64, 7, 7), torch.tensor([3, 3, 8, 8])
+        >>> matcher(features, labels=labels).shape  # against 10 classes each, zero elsewhere
+        torch.Size([4, 100])
+        >>> matcher(features, "same").shape  # all pairs of the batch
+        torch.Size([4, 4])
+    """
+
+    class_embed: nn.Parameter | None
+    class_neighbors: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        height: int,
+        width: int,
+        num_classes: int | None = None,
+        k_nearest: int = 20,
+        *,
+        include_self: bool = False,
+        sparse_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        for value, name in ((num_features, "num_features"), (height, "height"), (width, "width")):
+            check_count(value, name, low=1, high=None, why="the size of a feature map")
+        check_count(k_nearest, "k_nearest", low=1, high=None, why="neighbours per class")
+        if num_classes is not None:
+            check_count(num_classes, "num_classes", low=2, high=None, why="a class needs another as its neighbour")
+            check_count(k_nearest, "k_nearest", low=1, high=num_classes - 1, why=f"num_classes is {num_classes}")
+        self.num_features = num_features
+        self.height = height
+        self.width = width
+        self.k_nearest = k_nearest
+        self.include_self = include_self
+        self.sparse_grad = sparse_grad
+        self.bn = nn.BatchNorm1d(1)
+        self.fc = nn.Linear(2 * height * width, 1)
+        self.logit_bn = nn.BatchNorm1d(1)
+        nn.init.constant_(self.fc.weight, 1.0 / (height * width))
+        if num_classes is None:
+            self.register_parameter("class_embed", None)
+        else:
+            table = torch.randn(num_classes, num_features, height, width).div_(num_features**0.5)
+            self.class_embed = nn.Parameter(table.to(memory_format=torch.channels_last))
+        self.register_buffer("class_neighbors", None, persistent=False)
+        self._kernel: Tensor | None = None
+        self._warned_of_gallery_visibility = False
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_classes(self) -> int | None:
+        """N, the number of classes in the table; None without one."""
+        return None if self.class_embed is None else self.class_embed.shape[0]
+
+    def extra_repr(self) -> str:
+        """Describe the sizes, as `print(matcher)` shows them."""
+        shape = f"{self.num_features}, {self.height}, {self.width}"
+        if self.class_embed is None:
+            return shape
+        return f"{shape}, num_classes={self.num_classes}, k_nearest={self.k_nearest}, include_self={self.include_self}"
+
+    def forward(
+        self,
+        prob_fea: Tensor,
+        gal_fea: Tensor | str | None = None,
+        labels: Tensor | None = None,
+        prob_occ: Tensor | None = None,
+        gal_occ: Tensor | None = None,
+    ) -> Tensor:
+        """Score probes against a gallery, against each other, or against classes.
+
+        Args:
+            prob_fea: probe maps `[P, C, H, W]`, float16, bfloat16, float32 or float64, on the module's device.
+            gal_fea: gallery maps `[G, C, H, W]`; "same" for the probes themselves; None for the maps set by
+                `make_kernel`, once, or else for the classes.
+            labels: integer class ids `[P]`: score each probe against its class's neighbours only. None scores every
+                class. Without meaning when there is a gallery.
+            prob_occ: visibility of the probes' locations `[P, 1, H, W]` in [0, 1], 1 visible; all visible where None.
+            gal_occ: visibility of the gallery's locations `[G, 1, H, W]`. Classes are fully visible.
+
+        Returns:
+            Scores `[P, G]`, or `[P, N]` on the class path, where columns that were not scored are 0; fp32 (fp64 for
+            fp64).
+
+        Raises:
+            TypeError: integer or complex features or visibility; labels that are not integers.
+            ValueError: shapes or devices that do not fit the module, another string than "same", no class table.
+            IndexError: a label that is not a class (on CUDA those rows are NaN, or with `QACONV_TRITON_CHECKS=1`).
+        """
+        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
+        if isinstance(gal_fea, str):
+            if gal_fea != "same":
+                raise ValueError(f'gal_fea: expected a tensor, "same" or None, got {gal_fea!r}')
+            gal_fea = prob_fea
+        elif gal_fea is None:
+            if self._kernel is None:
+                return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
+            gal_fea = self._kernel
+        self._check_maps(gal_fea, gal_occ, "gal_fea", "gal_occ")
+        scores = self._score_gallery(prob_fea, gal_fea, prob_occ, gal_occ, evaluate=False)
+        if gal_fea is self._kernel:
+            self._kernel = None
+        return scores
+
+    def class_scores(self, prob_fea: Tensor, labels: Tensor, prob_occ: Tensor | None = None) -> ClassScores:
+        """Score every sample against its class's neighbours, in compact form; counts as one forward.
+
+        Args:
+            prob_fea: `[B, C, H, W]`, as for `forward`.
+            labels: integer class ids `[B]`.
+            prob_occ: visibility `[B, 1, H, W]`.
+
+        Returns:
+            `ClassScores` with values and classes `[B, K]`, or `[B, K + 1]` with `include_self`, own class last.
+
+        Raises:
+            TypeError, ValueError, IndexError: as for `forward`.
+        """
+        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
+        table = self._class_table()
+        classes = table.shape[0]
+        labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
+        neighbors = self._current_neighbors()
+        valid = None
+        if values_may_be_read(labels):
+            index = neighbors[labels]
+        else:
+            valid = (labels >= 0) & (labels < classes)
+            index = neighbors[labels.clamp(0, classes - 1)]
+        if self.include_self:
+            index = torch.cat([index, labels.unsqueeze(1)], dim=1)
+        if valid is not None:
+            index = torch.where(valid.unsqueeze(1), index, -1)
+        probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
+        pooled = ops.max_correlation(probe, table, index, labels, True, self.sparse_grad)[0]
+        return ClassScores(pair_scores(pooled, self.bn, self.fc, self.logit_bn, valid=valid), index, classes)
+
+    @torch.no_grad()
+    def match(
+        self,
+        probe_features: Tensor,
+        gallery_features: Tensor,
+        probe_occ: Tensor | None = None,
+        gallery_occ: Tensor | None = None,
+    ) -> Tensor:
+        """Score every probe against every gallery item in eval mode, without gradients, in bounded memory.
+
+        Args:
+            probe_features: `[P, C, H, W]`.
+            gallery_features: `[G, C, H, W]`.
+            probe_occ: visibility `[P, 1, H, W]`.
+            gallery_occ: visibility `[G, 1, H, W]`.
+
+        Returns:
+            `[P, G]`, fp32 (fp64 for fp64). The module's mode is as before.
+
+        Raises:
+            TypeError, ValueError: as for `forward`.
+        """
+        self._check_maps(probe_features, probe_occ, "probe_features", "probe_occ")
+        self._check_maps(gallery_features, gallery_occ, "gallery_features", "gallery_occ")
+        return self._score_gallery(probe_features, gallery_features, probe_occ, gallery_occ, evaluate=True)
+
+    @torch.no_grad()
+    def match_pairs(
+        self,
+        probe_features: Tensor,
+        gallery_features: Tensor,
+        probe_occ: Tensor | None = None,
+        gallery_occ: Tensor | None = None,
+    ) -> Tensor:
+        """Score probe b against gallery item b: the diagonal of `match`, `[B]`, without the rest of it.
+
+        Raises:
+            TypeError, ValueError: as for `forward`; also when there are not as many gallery items as probes.
+        """
+        self._check_maps(probe_features, probe_occ, "probe_features", "probe_occ")
+        self._check_maps(gallery_features, gallery_occ, "gallery_features", "gallery_occ")
+        if probe_features.shape[0] != gallery_features.shape[0]:
+            raise ValueError(
+                f"pairs need as many gallery items as probes, got {list(gallery_features.shape)} "
+                f"for {list(probe_features.shape)}"
+            )
+        dtype = functional.correlation_dtype(probe_features)
+        scores = []
+        for start in range(0, max(probe_features.shape[0], 1), 256):
+            rows = slice(start, start + 256)
+            probe = functional.prepare_maps(probe_features[rows], _rows(probe_occ, rows), dtype)
+            gallery = functional.prepare_maps(gallery_features[rows], _rows(gallery_occ, rows), dtype)
+            index = torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)
+            pooled = ops.max_correlation(probe, gallery, index, None, False, False)[0]
+            scores.append(pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=True).squeeze(1))
+        return torch.cat(scores)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def compute_class_neighbors(self) -> Tensor:
+        """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
+
+        Raises:
+            ValueError: no class table, `k_nearest` out of range, NaN or Inf in the table.
+        """
+        self.class_neighbors = functional.class_neighbors(self._class_table(), self.k_nearest)
+        return self.class_neighbors
+
+    def reset_class_neighbors(self) -> None:
+        """Drop the class graph; the next class-path forward builds it anew."""
+        self.class_neighbors = None
+
+    def on_epoch_start(self) -> None:
+        """Drop the class graph, for the classes have moved."""
+        self.reset_class_neighbors()
+
+    def make_kernel(self, feature: Tensor) -> None:
+        """Keep `feature [G, C, H, W]` as the gallery of the next `forward` that is given none."""
+        self._check_maps(feature, None, "feature", "")
+        self._kernel = feature
+
+    def reset_running_stats(self) -> None:
+        """Reset the batch norms' running statistics and drop the class graph."""
+        self.bn.reset_running_stats()
+        self.logit_bn.reset_running_stats()
+        self.reset_class_neighbors()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as at construction, and drop the class graph."""
+        self.bn.reset_parameters()
+        self.logit_bn.reset_parameters()
+        self.fc.reset_parameters()
+        nn.init.constant_(self.fc.weight, 1.0 / (self.height * self.width))
+        if self.class_embed is not None:
+            nn.init.normal_(self.class_embed, std=self.num_features**-0.5)
+        self.reset_class_neighbors()
+
+    def clone(self) -> QAConv:
+        """Return an independent copy: parameters, statistics, mode, device and class graph."""
+        return copy.deepcopy(self)
+
+    def _forward_classes(
+        self, prob_fea: Tensor, labels: Tensor | None, prob_occ: Tensor | None, gal_occ: Tensor | None
+    ) -> Tensor:
+        table = self._class_table()
+        classes = table.shape[0]
+        if gal_occ is not None and not self._warned_of_gallery_visibility:
+            self._warned_of_gallery_visibility = True
+            warnings.warn("gal_occ is ignored on the class path: class maps are fully visible", stacklevel=4)
+        if labels is not None:
+            return self.class_scores(prob_fea, labels, prob_occ).to_dense()
+        probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
+        return self._score_tiles(probe, lambda rows: table[rows], classes, normalize_gallery=True, evaluate=False)
+
+    def _score_gallery(
+        self, prob_fea: Tensor, gal_fea: Tensor, prob_occ: Tensor | None, gal_occ: Tensor | None, *, evaluate: bool
+    ) -> Tensor:
+        dtype = functional.correlation_dtype(prob_fea)
+        probe = functional.prepare_maps(prob_fea, prob_occ, dtype)
+
+        def gallery(rows: slice) -> Tensor:
+            if gal_fea is prob_fea and gal_occ is prob_occ:
+                return probe[rows]
+            return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
+
+        return self._score_tiles(probe, gallery, gal_fea.shape[0], normalize_gallery=False, evaluate=evaluate)
+
+    def _score_tiles(
+        self,
+        probe: Tensor,
+        gallery: Callable[[slice], Tensor],
+        count: int,
+        *,
+        normalize_gallery: bool,
+        evaluate: bool,
+    ) -> Tensor:
+        """Score prepared probes against `count` gallery maps, in tiles of pairs where nothing ties the pairs together.
+
+        Gradients and batch statistics do: they see every pooled value of the call.
+        """
+
+        def score(part: Tensor, maps: Tensor) -> Tensor:
+            pooled = ops.max_correlation(part, maps, None, None, normalize_gallery, False)[0]
+            return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate)
+
+        frozen = evaluate or not (self.bn.training or self.logit_bn.training)
+        pairs = max(1, POOLED_BYTES // (8 * self.height * self.width))
+        if torch.is_grad_enabled() or not frozen or probe.shape[0] * count <= pairs:
+            return score(probe, gallery(slice(0, count)))
+        most = min(probe.shape[0], 256)
+        columns = []
+        for start in range(0, count, max(1, pairs // most)):
+            maps = gallery(slice(start, min(start + max(1, pairs // most), count)))
+            columns.append(torch.cat([score(part, maps) for part in probe.split(most)]))
+        return torch.cat(columns, dim=1)
+
+    def _class_table(self) -> Tensor:
+        if self.class_embed is None:
+            raise ValueError("the class path needs a class table: QAConv was built without num_classes")
+        return self.class_embed
+
+    def _current_neighbors(self) -> Tensor:
+        """The class graph, built if there is none or the table or `k_nearest` was replaced."""
+        neighbors = self.class_neighbors
+        if neighbors is None or tuple(neighbors.shape) != (self._class_table().shape[0], self.k_nearest):
+            neighbors = self.compute_class_neighbors()
+        return neighbors
+
+    def _check_maps(self, maps: Tensor, visibility: Tensor | None, name: str, visibility_name: str) -> None:
+        check_maps(maps, name, channels=self.num_features, height=self.height, width=self.width)
+        check_device(maps, name, self.fc.weight.device, "the matcher")
+        if visibility is not None:
+            check_visibility(visibility, visibility_name, maps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel": None}  # maps of one step, with its graph: neither copied nor pickled
+
+
+def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:
+    return None if visibility is None else visibility[rows]
+
+
+def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a published checkpoint, and drop a class graph that the loaded table would outdate."""
+    assert isinstance(module, QAConv)
+    convert_shared_fc(state_dict, prefix, module.height * module.width)
+    if prefix + "class_embed" in state_dict:
+        module.reset_class_neighbors()

@@ -1,0 +1,211 @@
+"""The operations as `torch.library` ops: fakes, autograd, and the choice of a backend.
+
+CUDA tensors go to the Triton kernels, CPU tensors and fp64 to `cpu.py`. `QACONV_TRITON_BACKEND=triton|torch` forces
+either, so that the kernels run on a CPU under `TRITON_INTERPRET=1`.
+
+Maps travel as `[.., C, H, W]`, in any memory format; inside they are seen as `[.., S, C]`, which costs nothing for
+channels-last ones. Outputs and gradients are laid out channels-last.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .kernels.config import argmax_dtype
+from .kernels.edges import Edges, inverse_list
+
+BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether `tensor` is for the Triton kernels.
+
+    Raises:
+        ValueError: `QACONV_TRITON_BACKEND` is neither empty, "triton" nor "torch".
+    """
+    forced = os.environ.get(BACKEND_VARIABLE, "")
+    if forced not in ("", "triton", "torch"):
+        raise ValueError(f"{BACKEND_VARIABLE}: expected 'triton' or 'torch', got {forced!r}")
+    if tensor.dtype == torch.float64 or forced == "torch":
+        return False
+    return forced == "triton" or tensor.device.type == "cuda"
+
+
+def _locations(maps: Tensor) -> Tensor:
+    """`[B, C, H, W]` as `[B, S, C]`, a view."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _maps(locations: Tensor, like: Tensor) -> Tensor:
+    """`[B, S, C]` as `[B, C, H, W]` with the H and W of `like`, a view."""
+    return locations.view(-1, like.shape[2], like.shape[3], like.shape[1]).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("qaconv_triton::max_correlation", mutates_args=())
+def max_correlation(
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    normalize_gallery: bool,
+    sparse_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best match of every location, both ways.
+
+    Args:
+        probe: `[P, C, H, W]` prepared maps (normalised, weighted); their dtype is the correlation's.
+        gallery: `[G, C, H, W]` prepared likewise, or raw with `normalize_gallery`; any floating dtype.
+        index: int64 `[P, K]` gallery rows for each probe, None for all of them. Negative: a pair of NaN.
+        group: int64 `[P]`; probes of equal group have equal rows of `index`, and share the reading of them.
+        normalize_gallery: normalise the gallery maps over C, touching only those in `index`.
+        sparse_grad: the gallery's gradient is a sparse COO tensor of the touched rows.
+
+    Returns:
+        pooled `[P, K or G, 2S]` fp32 (fp64 for fp64): the maximum over r for every s, then over s for every r;
+        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery `[P, K or G, S]`, empty
+        without `normalize_gallery`. Only pooled is differentiable, once.
+    """
+    maps = _locations(probe).contiguous()
+    if uses_triton(probe):
+        from .kernels import max_correlation as kernel
+
+        pooled, argmax, rnorm = kernel.forward(maps, _locations(gallery), index, group, normalize_gallery)
+    else:
+        pooled, argmax, rnorm = cpu.max_correlation(maps, _locations(gallery), index, group, normalize_gallery)
+    return pooled, argmax, rnorm
+
+
+@max_correlation.register_fake
+def _(
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    normalize_gallery: bool,
+    sparse_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    probes = probe.shape[0]
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
+    locations = probe.shape[2] * probe.shape[3]
+    dtype = cpu.accumulation_dtype(probe.dtype)
+    pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
+    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
+    rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else (0,), dtype=dtype)
+    return pooled, argmax, rnorm
+
+
+@torch.library.custom_op("qaconv_triton::max_correlation_backward", mutates_args=())
+def max_correlation_backward(
+    grad: Tensor,
+    pooled: Tensor,
+    argmax: Tensor,
+    rnorm: Tensor,
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    rows: Tensor | None,
+    needs_probe: bool,
+    needs_gallery: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `max_correlation` to probe and gallery, in their dtypes; empty where not needed.
+
+    `rows` int64 `[T]`, rising: the gallery rows in `index`; the gallery's gradient is then `[T, C, H, W]`.
+    """
+    maps, keys = _locations(probe).contiguous(), _locations(gallery)
+    grad = grad.contiguous()
+    if uses_triton(probe):
+        from .kernels import max_correlation as kernel
+
+        to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
+        if needs_probe:
+            to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index)
+        if needs_gallery:
+            edges = None if index is None else inverse_list(index, gallery.shape[0])
+            if edges is not None and rows is not None:
+                edges = Edges(edges.classes[: rows.shape[0]], edges.offsets[: rows.shape[0] + 1], edges.pairs)
+            to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, edges, rows is not None)
+    else:
+        to_probe, to_gallery = cpu.max_correlation_backward(
+            grad, pooled, argmax, rnorm, maps, keys, index, group, rows, needs_probe, needs_gallery
+        )
+    return (
+        _maps(to_probe, probe) if needs_probe else to_probe,
+        _maps(to_gallery, gallery) if needs_gallery else to_gallery,
+    )
+
+
+@max_correlation_backward.register_fake
+def _(
+    grad: Tensor,
+    pooled: Tensor,
+    argmax: Tensor,
+    rnorm: Tensor,
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    rows: Tensor | None,
+    needs_probe: bool,
+    needs_gallery: bool,
+) -> tuple[Tensor, Tensor]:
+    channels, height, width = probe.shape[1:]
+    count = gallery.shape[0] if rows is None else rows.shape[0]
+    to_probe, to_gallery = probe.new_empty(0), gallery.new_empty(0)
+    if needs_probe:
+        to_probe = _maps(probe.new_empty(probe.shape[0], height * width, channels), probe)
+    if needs_gallery:
+        to_gallery = _maps(gallery.new_empty(count, height * width, channels), gallery)
+    return to_probe, to_gallery
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    probe, gallery, index, group, _, ctx.sparse_grad = inputs
+    ctx.save_for_backward(*output, probe, gallery, index, group)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    pooled, argmax, rnorm, probe, gallery, index, group = ctx.saved_tensors
+    needs_probe, needs_gallery = ctx.needs_input_grad[:2]
+    rows = index[index >= 0].unique() if ctx.sparse_grad and index is not None and needs_gallery else None
+    to_probe, to_gallery = max_correlation_backward(
+        grad, pooled, argmax, rnorm, probe, gallery, index, group, rows, needs_probe, needs_gallery
+    )
+    if rows is not None:
+        to_gallery = torch.sparse_coo_tensor(
+            rows.unsqueeze(0), to_gallery, gallery.shape, is_coalesced=True, check_invariants=False
+        )
+    return to_probe if needs_probe else None, to_gallery if needs_gallery else None, None, None, None, None
+
+
+max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
+def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    """The k keys `[N, D]` of largest cosine for every query `[P, D]`; see `functional.topk_cosine`."""
+    queries, keys = queries.contiguous(), keys.contiguous()
+    if uses_triton(queries):
+        from .kernels import cosine_topk as kernel
+
+        rnorms = (cpu.inverse_norm(vectors, torch.float32) for vectors in (queries, keys))
+        similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
+    else:
+        similarities, indices = cpu.cosine_topk(queries, keys, k, exclude_self)
+    return similarities, indices
+
+
+@cosine_topk.register_fake
+def _(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    shape = (queries.shape[0], k)
+    dtype = cpu.accumulation_dtype(queries.dtype)
+    return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
