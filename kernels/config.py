@@ -25,6 +25,17 @@ def argmax_dtype(locations: int) -> torch.dtype:
     return torch.uint8 if locations <= 256 else torch.int16
 
 
+def precision() -> str:
+    """How fp32 operands are multiplied, from `torch.get_float32_matmul_precision()`.
+
+    At "highest" an operand is split into two tf32 parts and three products restore what one loses: as accurate as
+    fp32 to within its rounding, on the tensor cores, and without the spills of a product in scalar fp32.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def _power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two that holds `size`, within `[low, high]`."""
     return min(max(1 << (size - 1).bit_length(), low), high)
@@ -34,18 +45,19 @@ def correlation_forward(locations: int, channels: int, element_size: int) -> Con
     """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program."""
     tile = _power_of_two(locations, 16, 64)
     tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128 // element_size), "KP": 8}
-    return Config(tiles, num_warps=4, num_stages=3)
+    return Config(tiles, num_warps=8 if tile == 64 else 4, num_stages=3)
 
 
 def correlation_backward(locations: int, channels: int, element_size: int) -> Config:
-    """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator."""
-    tile = _power_of_two(locations, 16, 64)
-    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 256 // element_size)}
-    return Config(tiles, num_warps=4, num_stages=2)
+    """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator.
+
+    fp32 takes smaller tiles: its products split every operand in two.
+    """
+    tile = _power_of_two(locations, 16, 64 if element_size == 2 else 32)
+    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128)}
+    return Config(tiles, num_warps=8 if tile >= 32 else 4, num_stages=2)
 
 
 def cosine_topk(element_size: int) -> Config:
     """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD."""
-    if element_size == 2:
-        return Config({"BM": 128, "BN": 128, "BD": 64}, num_warps=8, num_stages=3)
-    return Config({"BM": 64, "BN": 64, "BD": 32}, num_warps=4, num_stages=3)
+    return Config({"BM": 128, "BN": 64, "BD": 128 // element_size}, num_warps=8, num_stages=3)

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .max_correlation import precision
 from .tiles import LOWEST, dot, sortable
 
 EMPTY = torch.iinfo(torch.int64).min  # below every entry
@@ -29,7 +28,7 @@ def _append_kernel(
     p_keys,  # [N, D]
     p_rnorm_queries,  # [P] fp32
     p_rnorm_keys,  # [N] fp32
-    p_lists,  # [P, L] int64
+    p_lists,  # [P, L, 2] int32, the low word of an entry first
     p_counts,  # [P] int32
     p_bar,  # [P] int32, the sortable similarity that an entry must exceed
     P,
@@ -69,9 +68,9 @@ def _append_kernel(
     b_rank = tl.cumsum(survives.to(tl.int32), axis=1)
     b_found = tl.max(b_rank, axis=1)
     b_start = tl.atomic_add(p_counts + o_p, b_found, mask=m_p & (b_found > 0))
-    b_entry = (b_key.to(tl.int64) << 32) | (0xFFFFFFFF - o_n[None, :].to(tl.int64))
-    o_entry = o_p[:, None].to(tl.int64) * L + (b_start[:, None] + b_rank - 1)
-    tl.store(p_lists + o_entry, b_entry, mask=survives)
+    p_entry = p_lists + o_p[:, None].to(tl.int64) * (2 * L) + 2 * (b_start[:, None] + b_rank - 1)
+    tl.store(p_entry, -1 - o_n[None, :] + tl.zeros_like(b_key), mask=survives)
+    tl.store(p_entry + 1, b_key, mask=survives)
 
 
 def cosine_topk(
@@ -108,9 +107,9 @@ def cosine_topk(
         for first in range(0, num_keys, panel):
             end = min(first + panel, num_keys)
             _append_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(end - first, tiles["BN"]))](
-                strip_queries, keys, rnorm_queries[start : start + strip], rnorm_keys, lists, counts, bar,
+                strip_queries, keys, rnorm_queries[start : start + strip], rnorm_keys, lists.view(torch.int32), counts, bar,
                 count, dim, room, start, first, end,
-                EXCLUDE_SELF=exclude_self, PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+                EXCLUDE_SELF=exclude_self, PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
             best = lists.topk(k, dim=1).values
             lists[:, :k] = best

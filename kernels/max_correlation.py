@@ -18,11 +18,6 @@ from .edges import Edges
 from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, unsortable
 
 
-def precision() -> str:
-    """How fp32 operands are multiplied, from `torch.get_float32_matmul_precision()`."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 @triton.jit
 def _forward_kernel(
     p_probe,  # [P, S, C]
@@ -143,7 +138,7 @@ def forward(
         probe, gallery, index, order, pooled, argmax, rnorm,
         probes, neighbors, locations, channels, *gallery.stride(),
         HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=normalize_gallery,
-        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return pooled, argmax, rnorm
 
@@ -223,7 +218,7 @@ def probe_gradient(
         grad, argmax, rnorm, gallery, index, gradient_scale(grad), out,
         grad.shape[1], locations, channels, *gallery.stride(),
         HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0,
-        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 
@@ -289,7 +284,7 @@ def _gallery_gradient_kernel(
             m_s = o_s < S
             b_arg_s = tl.load(p_argmax + o_pair + o_s, mask=m_s, other=0).to(tl.int32)
             b_grad_s = tl.load(p_grad + o_pair + o_s, mask=m_s, other=0.0) * scale
-            b_weight = tl.trans(match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r))
+            b_weight = match_weights(b_arg_r, b_grad_r, b_arg_s, b_grad_s, o_r, o_s)
             if NORMALIZE:
                 b_pull = b_grad_s * tl.load(p_pooled + o_pair + o_s, mask=m_s, other=0.0)
                 b_along += tl.sum(tl.where(b_arg_s[None, :] == o_r[:, None], b_pull[None, :], 0.0), axis=1)
@@ -333,7 +328,7 @@ def gallery_gradient(
         grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, gradient_scale(grad), out,
         probes, grad.shape[1], locations, channels, *gallery.stride(),
         HAS_INDEX=edges is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
-        PRECISION=precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

@@ -47,14 +47,14 @@ def inverse_norm(squares):
 
 @triton.jit
 def match_weights(
-    b_arg_s,  # [BS] for each s the best r
-    b_grad_s,  # [BS]
-    b_arg_r,  # [BR] for each r the best s
-    b_grad_r,  # [BR]
-    o_s,  # [BS]
-    o_r,  # [BR]
+    b_arg_x,  # [BX] for each x the best y
+    b_grad_x,  # [BX]
+    b_arg_y,  # [BY] for each y the best x
+    b_grad_y,  # [BY]
+    o_x,  # [BX]
+    o_y,  # [BY]
 ):
-    """The gradient of the correlation tile, `[BS, BR]`: zero but where a location's best match lies."""
-    over_r = tl.where(b_arg_s[:, None] == o_r[None, :], b_grad_s[:, None], 0.0)
-    over_s = tl.where(b_arg_r[None, :] == o_s[:, None], b_grad_r[None, :], 0.0)
-    return over_r + over_s
+    """The gradient of a correlation tile, `[BX, BY]`: zero but where a location's best match lies."""
+    from_x = tl.where(b_arg_x[:, None] == o_y[None, :], b_grad_x[:, None], 0.0)
+    from_y = tl.where(b_arg_y[None, :] == o_x[:, None], b_grad_y[None, :], 0.0)
+    return from_x + from_y

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checks import check_count, check_device, check_labels, check_maps
+from .checks import check_count, check_labels, check_maps
 
 if TYPE_CHECKING:
     from .matcher import QAConv
@@ -392,11 +392,10 @@ class ClassMemoryLoss(MatcherLoss):
             IndexError: a target outside `[0, N)`.
         """
         check_maps(feature, "feature", channels=self.num_features, height=self.height, width=self.width)
-        check_device(feature, "feature", self.class_memory.device, "the class memory")
         target = check_labels(target, len(feature), self.num_classes, feature.device)
-        # Copies, since the memory changes before the backward pass.
+        # The memory changes before the backward pass, which works on the matcher's normalised copies of it.
         chunks = torch.split(self.class_memory, self.mem_batch_size)
-        score = torch.cat([self.matcher(feature, chunk.to(feature.dtype, copy=True)) for chunk in chunks], dim=1)
+        score = torch.cat([self.matcher(feature, chunk) for chunk in chunks], dim=1)
 
         is_target = target[:, None] == torch.arange(self.num_classes, device=target.device)
         loss = F.binary_cross_entropy_with_logits(score, is_target.to(score.dtype), reduction="none")

@@ -37,7 +37,7 @@ class GraphSampler(Sampler[list[int]]):
         labels: int `[M]`, the class of every sample of the dataset; a tensor, a list or an array.
         neighbors: int `[N, K]`, the classes nearest to each class, nearest first; or a function without
             arguments that returns such a tensor, called at the start of every epoch (for a graph that is
-            computed anew).
+            computed anew, such as `matcher.compute_class_neighbors`).
         batch_size: samples in a batch, a multiple of `num_instances`.
         num_instances: samples of each class in a batch.
         seed: of the random order; every epoch of every seed has its own.

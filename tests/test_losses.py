@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qaconv_triton import losses
+from qaconv_triton import ClassScores, QAConv, losses
 from qaconv_triton.losses import (
     ClassMemoryLoss,
+    MatcherLoss,
     PairwiseMatchingLoss,
     SoftmaxTripletLoss,
     TripletLoss,
@@ -25,7 +27,6 @@ from qaconv_triton.losses import (
     neighbor_cross_entropy,
     predicted_class,
 )
-from qaconv_triton.matcher import ClassScores, QAConv
 
 CHANNELS, HEIGHT, WIDTH, NUM_CLASSES = 5, 2, 3, 9
 TARGETS = {
@@ -70,13 +71,21 @@ def gradients(loss: Tensor, feature: Tensor, module: nn.Module) -> dict[str, Ten
 
 def assert_same_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
     assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        if gradient is None:
-            assert actual[name] is None, name
-        else:
-            torch.testing.assert_close(
-                actual[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
-            )
+    some_actual, some_expected = (
+        {name: gradient for name, gradient in found.items() if gradient is not None} for found in (actual, expected)
+    )
+    torch.testing.assert_close(some_actual, some_expected, rtol=1e-9, atol=1e-12)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def assert_same_state(before: dict[str, Tensor], module: nn.Module) -> None:
+    after = module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def assert_feature_gradient_is_that_of_the_values(evaluate: Callable[[Tensor], Tensor], feature: Tensor) -> None:
@@ -169,7 +178,7 @@ def test_triplet_loss_without_triplets_is_exactly_zero_and_differentiable(labels
     assert torch.equal(loss, torch.zeros_like(loss))
     assert torch.equal(accuracy, torch.ones_like(accuracy))
     loss.sum().backward()
-    assert torch.equal(feature.grad, torch.zeros_like(feature))
+    assert torch.equal(gradient_of(feature), torch.zeros_like(feature))
 
 
 def test_tied_scores_give_the_gradient_to_one_pair_each() -> None:
@@ -178,7 +187,7 @@ def test_tied_scores_give_the_gradient_to_one_pair_each() -> None:
     loss.sum().backward()
     assert loss.tolist() == [1, 1, 1, 0]
     assert accuracy.tolist() == [1, 1, 1, 1]
-    assert score.grad.tolist() == [[0, -1, 0, 1], [-1, 0, 0, 1], [-1, 0, 0, 1], [0, 0, 0, 0]]
+    assert gradient_of(score).tolist() == [[0, -1, 0, 1], [-1, 0, 0, 1], [-1, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def test_a_tie_of_positive_and_negative_is_right_for_triplets_and_wrong_for_pairs() -> None:
@@ -306,9 +315,9 @@ def test_softmax_triplet_loss_runs_the_class_path_before_the_pairs() -> None:
     forward_order(feature, "same")
     reverse_order(feature, "same")
     reverse_order.class_scores(feature, target)
-    assert torch.equal(matcher.bn.running_mean, forward_order.bn.running_mean)
-    assert torch.equal(matcher.logit_bn.running_var, forward_order.logit_bn.running_var)
-    assert not torch.equal(matcher.bn.running_mean, reverse_order.bn.running_mean)
+    assert_same_state(forward_order.state_dict(), matcher)
+    with pytest.raises(AssertionError):
+        assert_same_state(reverse_order.state_dict(), matcher)
 
 
 def test_softmax_triplet_loss_never_builds_dense_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +407,24 @@ def test_class_memory_loss_of_an_invalid_label_is_nan_and_not_remembered(
     assert not module.valid_class.any()
 
 
-def losses_by_name() -> dict[str, Callable[[], nn.Module]]:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_memory_loss_of_narrow_features_is_float32(dtype: torch.dtype) -> None:
+    module = ClassMemoryLoss(make_matcher().float(), NUM_CLASSES, CHANNELS, HEIGHT, WIDTH, 4)
+    wide = copy.deepcopy(module)
+    for _ in range(2):
+        feature, target, _ = make_batch([4, 2, 4, 7])
+        feature = feature.detach().to(dtype).requires_grad_()
+        loss, accuracy = module(feature, target)
+        expected_loss, _ = wide(feature.float(), target)
+    assert loss.dtype == accuracy.dtype == module.class_memory.dtype == torch.float32
+    assert expected_loss.std() > 0.1
+    torch.testing.assert_close(loss, expected_loss, rtol=0.05, atol=0.05)
+    assert torch.equal(module.class_memory, wide.class_memory)
+    loss.sum().backward()
+    assert gradient_of(feature).dtype == dtype
+
+
+def losses_by_name() -> dict[str, Callable[[], MatcherLoss]]:
     options = {"num_classes": NUM_CLASSES, "k_nearest": 3}
     return {
         "pairwise": lambda: PairwiseMatchingLoss(make_matcher()),
@@ -414,34 +440,45 @@ every_loss = pytest.mark.parametrize("make_loss", losses_by_name().values(), ids
 
 @every_loss
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_gradients_reach_the_features_in_full(make_loss: Callable[[], nn.Module], training: bool) -> None:
+def test_gradients_reach_the_features_in_full(make_loss: Callable[[], MatcherLoss], training: bool) -> None:
     module = make_loss().train(training)
     feature, target, _ = make_batch(TARGETS["mixed"])
     if isinstance(module, ClassMemoryLoss):
         module(feature, target)
-    if isinstance(module, SoftmaxTripletLoss):
-        for part in (0, 1, 2):
-            assert_feature_gradient_is_that_of_the_values(
-                lambda x, part=part: copy.deepcopy(module)(x, target)[part], feature
-            )
-    else:
-        assert_feature_gradient_is_that_of_the_values(lambda x: copy.deepcopy(module)(x, target)[0], feature)
+
+    def evaluate(part: int, maps: Tensor) -> Tensor:
+        loss: Tensor = copy.deepcopy(module)(maps, target)[part]
+        return loss
+
+    for part in (0, 1, 2) if isinstance(module, SoftmaxTripletLoss) else (0,):
+        assert_feature_gradient_is_that_of_the_values(partial(evaluate, part), feature)
 
 
 @every_loss
-def test_resets_are_the_matchers(make_loss: Callable[[], nn.Module]) -> None:
+def test_an_empty_batch_has_an_empty_loss(make_loss: Callable[[], MatcherLoss]) -> None:
+    feature, target, _ = make_batch([])
+    outputs = make_loss()(feature, target.long())
+    assert all(output.shape == (0,) for output in outputs)
+    outputs[0].sum().backward()
+    assert gradient_of(feature).shape == feature.shape
+
+
+@every_loss
+def test_resets_are_the_matchers(make_loss: Callable[[], MatcherLoss]) -> None:
     module = make_loss()
     feature, target, _ = make_batch(TARGETS["pairs"])
     for _ in range(2):  # the class memory is empty at first
         module(feature, target)
-    assert module.matcher.bn.running_mean.item() != 0
+    fresh = QAConv(CHANNELS, HEIGHT, WIDTH).double().state_dict()
+    statistics = [name for name in fresh if "running" in name or "tracked" in name]
+    assert len(statistics) == 6
+    assert not any(torch.equal(module.matcher.state_dict()[name], fresh[name]) for name in statistics)
     module.reset_running_stats()
-    assert module.matcher.bn.running_mean.item() == 0
-    assert module.matcher.logit_bn.running_var.item() == 1
-    locations = HEIGHT * WIDTH
-    assert module.matcher.fc.weight.std() > 0
+    assert all(torch.equal(module.matcher.state_dict()[name], fresh[name]) for name in statistics)
+    weight = module.matcher.fc.weight
+    assert weight.std() > 0.1
     module.reset_parameters()
-    assert torch.equal(module.matcher.fc.weight, torch.full_like(module.matcher.fc.weight, 1 / locations))
+    assert torch.equal(weight, torch.full_like(weight, 1 / (HEIGHT * WIDTH)))
     if isinstance(module, ClassMemoryLoss):
         module(feature, target)
         module.reset_running_stats()
@@ -450,7 +487,7 @@ def test_resets_are_the_matchers(make_loss: Callable[[], nn.Module]) -> None:
 
 
 @every_loss
-def test_the_state_is_the_matchers_once(make_loss: Callable[[], nn.Module]) -> None:
+def test_the_state_is_the_matchers_once(make_loss: Callable[[], MatcherLoss]) -> None:
     module = make_loss()
     expected = {f"matcher.{name}" for name in module.matcher.state_dict()}
     if isinstance(module, ClassMemoryLoss):
@@ -459,7 +496,7 @@ def test_the_state_is_the_matchers_once(make_loss: Callable[[], nn.Module]) -> N
 
 
 @every_loss
-def test_bad_input_is_refused_before_anything_changes(make_loss: Callable[[], nn.Module]) -> None:
+def test_bad_input_is_refused_before_anything_changes(make_loss: Callable[[], MatcherLoss]) -> None:
     module = make_loss()
     feature, target, _ = make_batch(TARGETS["pairs"])
     before = copy.deepcopy(module.state_dict())
@@ -475,8 +512,7 @@ def test_bad_input_is_refused_before_anything_changes(make_loss: Callable[[], nn
         module(feature, target[:5])
     with pytest.raises(ValueError, match=r"\[6, 1\]"):
         module(feature, target[:, None])
-    after = module.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert_same_state(before, module)
 
 
 @pytest.mark.parametrize("label", [-1, NUM_CLASSES])
@@ -487,11 +523,11 @@ def test_a_label_outside_the_classes_is_refused(name: str, label: int) -> None:
     feature, target, _ = make_batch([0, label])
     with pytest.raises(IndexError, match=str(label)):
         module(feature, target)
-    assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
+    assert_same_state(before, module)
 
 
 @every_loss
-def test_narrow_integer_labels_are_labels(make_loss: Callable[[], nn.Module]) -> None:
+def test_narrow_integer_labels_are_labels(make_loss: Callable[[], MatcherLoss]) -> None:
     feature, target, _ = make_batch(TARGETS["mixed"])
     for wide, narrow in zip(make_loss()(feature, target), make_loss()(feature, target.int()), strict=True):
         assert torch.equal(wide, narrow)

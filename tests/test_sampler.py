@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from qaconv_triton import QAConv
+from qaconv_triton.functional import class_neighbors
 from qaconv_triton.sampler import GraphSampler
 
 
@@ -95,7 +97,7 @@ def test_a_batch_is_the_anchor_and_its_nearest_classes_with_samples(case: Case) 
 @every_case
 def test_samples_are_walked_without_replacement(case: Case) -> None:
     drawn = defaultdict(list)
-    for batch in itertools.chain(case.sampler()):
+    for batch in case.sampler():
         for sample in batch:
             drawn[case.labels[sample]].append(sample)
         for label, count in Counter(case.labels).items():
@@ -184,7 +186,7 @@ def test_a_graph_that_names_a_class_twice_or_the_class_itself_still_gives_distin
 
 def test_a_function_is_called_at_the_start_of_every_epoch() -> None:
     graphs = [ring(6, 2), ring(6, 2).flip(1)]
-    calls = []
+    calls: list[int] = []
 
     def neighbors() -> Tensor:
         calls.append(len(calls))
@@ -198,6 +200,17 @@ def test_a_function_is_called_at_the_start_of_every_epoch() -> None:
         for batch in batches:
             anchor, nearest = batch[0] // 2, batch[2] // 2
             assert nearest == (anchor + 1 + epoch % 2) % 6
+
+
+def test_the_matchers_graph_is_computed_for_every_epoch() -> None:
+    matcher = QAConv(4, 2, 2, num_classes=6, k_nearest=2)
+    sampler = GraphSampler(torch.arange(6).repeat_interleave(2), matcher.compute_class_neighbors, 6, 2)
+    assert matcher.class_embed is not None
+    for _ in range(2):
+        matcher.reset_parameters()
+        for batch in sampler:
+            anchor, *nearest = (sample // 2 for sample in batch[::2])
+            assert nearest == class_neighbors(matcher.class_embed, 2)[anchor].tolist()
 
 
 def test_a_function_that_returns_a_bad_graph_is_refused_at_the_start_of_the_epoch() -> None:

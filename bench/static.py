@@ -1,0 +1,219 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there: registers, spills, shared memory, SASS.
+
+    python -m bench.static --arch 80 90 100
+
+The launchers themselves decide what is compiled: they run on meta tensors with their kernels replaced by a recorder,
+so that every signature and tile size is the one that a user's call would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qaconv_triton.kernels import cosine_topk, max_correlation
+from qaconv_triton.kernels.edges import inverse_list
+
+TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+OPCODES = ("HGMMA", "HMMA", "UTCHMMA", "FFMA", "LDGSTS", "UTMALDG", "LDG", "STG", "LDL", "STL", "REDUX")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile: what a user would call, at sizes that fix the shape class."""
+
+    name: str
+    module: Any
+    launch: Callable[[], object]
+
+
+@dataclass
+class Report:
+    """The compiler's account of one kernel on one target; memory in bytes, opcodes counted in the whole kernel."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    threads: int
+    opcodes: dict[str, int]
+    widest_load: int
+    narrowest_async_load: int
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at the shapes that the library is tuned for, in half precision and fp32."""
+
+    def maps(count: int, locations: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(count, locations, 512, dtype=dtype, device="meta")
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for locations in (49, 192):
+            shape = f"C=512 S={locations} {TYPES[dtype]}"
+            probe, table = maps(256, locations, dtype), maps(10_572, locations, dtype)
+            index = torch.empty(256, 256, dtype=torch.int64, device="meta")
+            group = torch.empty(256, dtype=torch.int64, device="meta")
+            pooled = torch.empty(256, 256, 2 * locations, device="meta")
+            argmax = pooled.to(torch.uint8)
+            rnorm = torch.empty(256, 256, locations, device="meta")
+            edges = inverse_list(index, 10_572)
+
+            def forward(probe=probe, table=table, index=index, group=group):  # type: ignore[no-untyped-def]
+                return max_correlation.forward(probe, table, index, group, True)
+
+            def all_pairs(probe=probe, gallery=probe):  # type: ignore[no-untyped-def]
+                return max_correlation.forward(probe, gallery, None, None, False)
+
+            def probe_gradient(args=(pooled, argmax, rnorm, probe, table, index)):  # type: ignore[no-untyped-def]
+                return max_correlation.probe_gradient(*args)
+
+            def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
+                return max_correlation.gallery_gradient(*args, compact=False)
+
+            yield Case(f"class path forward {shape}", max_correlation, forward)
+            yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)
+            yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
+            yield Case(f"gallery gradient {shape}", max_correlation, gallery_gradient)
+        for dim in (512, 25_088):
+            table = torch.empty(10_572, dim, dtype=dtype, device="meta")
+            rnorm = torch.empty(10_572, device="meta")
+
+            def graph(table=table, rnorm=rnorm):  # type: ignore[no-untyped-def]
+                return cosine_topk.cosine_topk(table, table, rnorm, rnorm, 256, True)
+
+            yield Case(f"class graph K=256 D={dim} {TYPES[dtype]}", cosine_topk, graph)
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps the arguments of its first launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.arguments: dict[str, Any] | None = None
+        self.options: dict[str, int] = {}
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+            if self.arguments is None:
+                self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+                self.options = {"num_warps": num_warps, "num_stages": num_stages}
+
+        return launch
+
+
+def record(case: Case) -> list[_Recorder]:
+    """Run a case's launcher on meta tensors; the kernels it launched, with their arguments."""
+    kernels = {name: value for name, value in vars(case.module).items() if isinstance(value, triton.JITFunction)}
+    recorders = {name: _Recorder(kernel) for name, kernel in kernels.items()}
+    with mock.patch.multiple(case.module, **recorders):
+        case.launch()
+    return [recorder for recorder in recorders.values() if recorder.arguments is not None]
+
+
+def compile_for(recorder: _Recorder, target: GPUTarget) -> Any:
+    """Compile a recorded launch with the specialisations that the runtime would choose."""
+    assert recorder.arguments is not None
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(recorder.kernel.arg_names):
+        value = recorder.arguments[name]
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name.isupper() or value is None or value == 1:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(recorder.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=recorder.options)
+
+
+def _tool(name: str) -> str:
+    (path,) = Path(triton.__file__).parent.glob(f"backends/nvidia/bin/{name}")
+    return str(path)
+
+
+def report(case: Case, arch: int) -> Iterator[Report]:
+    """Compile the kernels of a case for an NVIDIA `sm_<arch>` and read what came out."""
+    for recorder in record(case):
+        compiled = compile_for(recorder, GPUTarget("cuda", arch, 32))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            usage = subprocess.run(
+                [_tool("cuobjdump"), "-res-usage", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+            sass = subprocess.run(
+                [_tool("nvdisasm"), "-c", cubin.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage
+        operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+        loads = [_width(op) for op in operations if op.startswith("LDG.")]
+        copies = [_width(op) for op in operations if op.startswith("LDGSTS")]
+        yield Report(
+            case=case.name,
+            kernel=recorder.kernel.__name__,
+            arch=arch,
+            registers=int(found[1]),
+            stack=int(found[2]),
+            shared=compiled.metadata.shared,
+            threads=32 * recorder.options["num_warps"],
+            opcodes={name: sum(op.split(".")[0] == name for op in operations) for name in OPCODES},
+            widest_load=max(loads, default=0),
+            narrowest_async_load=min(copies, default=0),
+        )
+
+
+def _width(operation: str) -> int:
+    """Bits moved by one thread's load."""
+    found = re.search(r"\.(?:LTC\d+B\.)?(?:[US])?(8|16|64|128)(?:\.|$)", operation)
+    return int(found[1]) if found else 32
+
+
+def main() -> None:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    reports = [row for case in cases() for arch in options.arch for row in report(case, arch)]
+    if options.json:
+        json.dump([asdict(row) for row in reports], sys.stdout)
+        return
+    print("| case | sm | registers | stack | shared | tensor core | async copies (bits) | local |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in reports:
+        count = row.opcodes
+        tensor = next((f"{count[name]} {name}" for name in ("HGMMA", "UTCHMMA", "HMMA") if count[name]), "none")
+        copies = f"{count['LDGSTS']} ({row.narrowest_async_load})" if count["LDGSTS"] else "none"
+        print(
+            f"| {row.case} | {row.arch} | {row.registers} | {row.stack} | {row.shared} | {tensor} | {copies} "
+            f"| {count['LDL'] + count['STL']} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
