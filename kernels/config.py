@@ -55,7 +55,7 @@ def correlation_backward(locations: int, channels: int, element_size: int) -> Co
     """
     tile = _power_of_two(locations, 16, 64 if element_size == 2 else 32)
     tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128)}
-    return Config(tiles, num_warps=8 if tile >= 32 else 4, num_stages=2)
+    return Config(tiles, num_warps=8 if tile >= 32 else 4, num_stages=3)
 
 
 def cosine_topk(element_size: int) -> Config:

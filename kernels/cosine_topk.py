@@ -104,12 +104,14 @@ def cosine_topk(
         lists = queries.new_full((count, room), EMPTY, dtype=torch.int64)
         counts = queries.new_zeros(count, dtype=torch.int32)
         bar = queries.new_full((count,), LOWEST.value, dtype=torch.int32)
+        words = lists.view(torch.int32)
         for first in range(0, num_keys, panel):
             end = min(first + panel, num_keys)
             _append_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(end - first, tiles["BN"]))](
-                strip_queries, keys, rnorm_queries[start : start + strip], rnorm_keys, lists.view(torch.int32), counts, bar,
+                strip_queries, keys, rnorm_queries[start : start + strip], rnorm_keys, words, counts, bar,
                 count, dim, room, start, first, end,
-                EXCLUDE_SELF=exclude_self, PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+                EXCLUDE_SELF=exclude_self, PRECISION=config.precision(), **tiles,
+                num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
             best = lists.topk(k, dim=1).values
             lists[:, :k] = best

@@ -25,12 +25,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _blocks(probe: Tensor, neighbors: int, has_index: bool, group: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
     """Cut the pairs into blocks: `members [L, m]` probes, m sharing each of L neighbour lists, and a range of K."""
     probes, locations, channels = probe.shape
+    if probes == 0 or neighbors == 0:
+        return
     most_pairs = max(1, BLOCK // locations**2)
     most_maps = max(1, 4 * BLOCK // (locations * channels))
     everyone = torch.arange(probes, device=probe.device)
     if has_index and group is None:
         span = min(neighbors, most_pairs, most_maps)
-        shared = everyone.unsqueeze(1).split(max(1, min(most_pairs, most_maps) // max(span, 1)))
+        shared = everyone.unsqueeze(1).split(max(1, min(most_pairs, most_maps) // span))
     else:
         sharing = (everyone,)
         if has_index and group is not None:

@@ -240,7 +240,7 @@ class SoftmaxTripletLoss(MatcherLoss):
             of the softmax, which needs a matcher with `include_self=True`.
 
     Raises:
-        ValueError: another `background`; `"ignore"` without `include_self`; a matcher without a class table.
+        ValueError: another `background`; `"ignore"` without `include_self`.
 
     Example:
         >>> matcher = QAConv(8, 4, 4, num_classes=10, k_nearest=3, include_self=True)
@@ -266,8 +266,6 @@ class SoftmaxTripletLoss(MatcherLoss):
         super().__init__(matcher)
         if background not in get_args(Background):
             raise ValueError(f"background: expected 'zero' or 'ignore', got {background!r}")
-        if matcher.num_classes is None:
-            raise ValueError("SoftmaxTripletLoss needs a matcher with a class table, got num_classes=None")
         if background == "ignore" and not matcher.include_self:
             raise ValueError(
                 "background='ignore' needs a matcher with include_self=True, got include_self=False: "
