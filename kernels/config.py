@@ -36,6 +36,16 @@ def precision() -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
+    """How a product of maps of these dtypes is taken: `WIDEN` and `PRECISION`.
+
+    A raw gallery may exceed the range of fp16, if not its precision: it meets an fp16 probe in tf32.
+    """
+    if probe == torch.float16 and gallery != torch.float16:
+        return {"WIDEN": True, "PRECISION": "ieee" if torch.version.hip is not None else "tf32"}
+    return {"WIDEN": False, "PRECISION": precision()}
+
+
 def _power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two that holds `size`, within `[low, high]`."""
     return min(max(1 << (size - 1).bit_length(), low), high)

@@ -37,6 +37,7 @@ def _forward_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
@@ -83,6 +84,8 @@ def _forward_kernel(
                     if NORMALIZE:
                         b_wide = b_neighbor.to(tl.float32)
                         b_squares += tl.sum(b_wide * b_wide, axis=1)
+                    if WIDEN:
+                        b_probe = b_probe.to(tl.float32)
                     # [BR, BC] @ [BC, BS] -> [BR, BS]
                     b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
                 if NORMALIZE:
@@ -138,7 +141,7 @@ def forward(
         probe, gallery, index, order, pooled, argmax, rnorm,
         probes, neighbors, locations, channels, *gallery.stride(),
         HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=normalize_gallery,
-        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        **config.operands(probe.dtype, gallery.dtype), **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return pooled, argmax, rnorm
 
@@ -160,6 +163,7 @@ def _probe_gradient_kernel(
     stride_gallery_c,
     HAS_INDEX: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
@@ -196,7 +200,7 @@ def _probe_gradient_kernel(
                 p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
                 mask=m_r[:, None] & m_c[None, :],
                 other=0.0,
-            ).to(p_out.dtype.element_ty)
+            ).to(tl.float32 if WIDEN else p_out.dtype.element_ty)
             # [BS, BR] @ [BR, BC] -> [BS, BC]
             b_out = dot(b_weight.to(b_neighbor.dtype), b_neighbor, b_out, PRECISION)
 
@@ -218,7 +222,7 @@ def probe_gradient(
         grad, argmax, rnorm, gallery, index, gradient_scale(grad), out,
         grad.shape[1], locations, channels, *gallery.stride(),
         HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0,
-        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        **config.operands(probe.dtype, gallery.dtype), **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out
 

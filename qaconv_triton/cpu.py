@@ -51,11 +51,6 @@ def _gathered(gallery: Tensor, ids: Tensor | None, span: slice) -> Tensor:
     return gallery[span].unsqueeze(0) if ids is None else gallery[ids.clamp(min=0)]
 
 
-def _widened(maps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round maps to the correlation's dtype and widen them for the product."""
-    return maps.to(dtype).to(accumulation_dtype(dtype))
-
-
 def _ids(index: Tensor | None, members: Tensor, span: slice) -> Tensor | None:
     return None if index is None else index[members[:, 0], span]
 
@@ -80,7 +75,7 @@ def max_correlation(
         ids = _ids(index, members, span)
         maps = _gathered(gallery, ids, span)
         lists, count = maps.shape[:2]
-        corr = _widened(maps, probe.dtype).flatten(1, 2) @ _widened(probe[members], probe.dtype).flatten(1, 2).mT
+        corr = maps.to(dtype).flatten(1, 2) @ probe[members].to(dtype).flatten(1, 2).mT
         corr = corr.view(lists, count, locations, members.shape[1], locations)  # [L, k, r, m, s]
         if normalize_gallery:
             norms = inverse_norm(maps, dtype)
@@ -119,7 +114,7 @@ def max_correlation_backward(
     for members, span in _blocks(probe, grad.shape[1], index is not None, group):
         lists, sharing = members.shape
         ids = _ids(index, members, span)
-        maps = _widened(_gathered(gallery, ids, span), probe.dtype)
+        maps = _gathered(gallery, ids, span).to(dtype)
         upstream = grad[members, span].transpose(1, 2)  # [L, k, m, 2S]
         if ids is not None:
             upstream = upstream.masked_fill((ids < 0)[:, :, None, None], 0.0)
@@ -137,7 +132,7 @@ def max_correlation_backward(
             part = weight.mT @ maps.flatten(1, 2)
             to_probe.index_add_(0, members.flatten(), part.view(-1, locations, channels))
         if needs_gallery:
-            part = (weight @ _widened(probe[members], probe.dtype).flatten(1, 2)).view(maps.shape)
+            part = (weight @ probe[members].to(dtype).flatten(1, 2)).view(maps.shape)
             if rnorm.numel():
                 best = pooled[members, span].transpose(1, 2)
                 pull = torch.nan_to_num(upstream * best) if ids is not None else upstream * best

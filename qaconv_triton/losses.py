@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import check_count, check_labels, check_maps
+from .scores import check_pairs
 
 if TYPE_CHECKING:
     from .matcher import QAConv
@@ -297,6 +298,7 @@ class SoftmaxTripletLoss(MatcherLoss):
         """
         check_maps(feature, "feature")
         target = check_labels(target, len(feature), self.matcher.num_classes, feature.device)
+        check_pairs(len(feature) ** 2, self.matcher.logit_bn)  # before the class path updates anything
         # The running statistics see the class path first, then the pairs.
         scores = self.matcher.class_scores(feature, target, prob_occ=occlusion_maps)
         unscored = scores.num_classes - scores.classes.shape[1] if self.background == "zero" else 0

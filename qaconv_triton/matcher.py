@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import functional, ops
 from .checkpoint import convert_shared_fc
 from .checks import check_count, check_device, check_labels, check_maps, check_visibility, values_may_be_read
-from .scores import ClassScores, pair_scores
+from .scores import ClassScores, check_pairs, pair_scores
 
 POOLED_BYTES = 128 * 2**20  # of pooled values at a time where nothing needs them later
 
@@ -161,6 +161,7 @@ class QAConv(nn.Module):
         table = self._class_table()
         classes = table.shape[0]
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
+        check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self.logit_bn)
         neighbors = self._current_neighbors()
         valid = None
         if values_may_be_read(labels):
@@ -280,14 +281,18 @@ class QAConv(nn.Module):
         self, prob_fea: Tensor, labels: Tensor | None, prob_occ: Tensor | None, gal_occ: Tensor | None
     ) -> Tensor:
         table = self._class_table()
-        classes = table.shape[0]
+        if labels is not None:
+            scores = self.class_scores(prob_fea, labels, prob_occ).to_dense()
+        else:
+            probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
+            scores = self._score_tiles(
+                probe, lambda rows: table[rows], table.shape[0], normalize_gallery=True, evaluate=False
+            )
         if gal_occ is not None and not self._warned_of_gallery_visibility:
             self._warned_of_gallery_visibility = True
-            warnings.warn("gal_occ is ignored on the class path: class maps are fully visible", stacklevel=4)
-        if labels is not None:
-            return self.class_scores(prob_fea, labels, prob_occ).to_dense()
-        probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-        return self._score_tiles(probe, lambda rows: table[rows], classes, normalize_gallery=True, evaluate=False)
+            # five frames up: this one, forward, two of nn.Module, the caller
+            warnings.warn("gal_occ is ignored on the class path: class maps are fully visible", stacklevel=5)
+        return scores
 
     def _score_gallery(
         self, prob_fea: Tensor, gal_fea: Tensor, prob_occ: Tensor | None, gal_occ: Tensor | None, *, evaluate: bool

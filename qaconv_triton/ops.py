@@ -36,6 +36,11 @@ def uses_triton(tensor: Tensor) -> bool:
     return forced == "triton" or tensor.device.type == "cuda"
 
 
+def _as_given(tensor: Tensor) -> torch.autocast:
+    """Inside an op dtypes are as its inputs have them: autocast has had its say before."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def _locations(maps: Tensor) -> Tensor:
     """`[B, C, H, W]` as `[B, S, C]`, a view."""
     return maps.flatten(2).transpose(1, 2)
@@ -70,13 +75,15 @@ def max_correlation(
         argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery `[P, K or G, S]`, empty
         without `normalize_gallery`. Only pooled is differentiable, once.
     """
-    maps = _locations(probe).contiguous()
+    forward = cpu.max_correlation
     if uses_triton(probe):
         from .kernels import max_correlation as kernel
 
-        pooled, argmax, rnorm = kernel.forward(maps, _locations(gallery), index, group, normalize_gallery)
-    else:
-        pooled, argmax, rnorm = cpu.max_correlation(maps, _locations(gallery), index, group, normalize_gallery)
+        forward = kernel.forward
+    with _as_given(probe):
+        pooled, argmax, rnorm = forward(
+            _locations(probe).contiguous(), _locations(gallery), index, group, normalize_gallery
+        )
     return pooled, argmax, rnorm
 
 
@@ -131,9 +138,10 @@ def max_correlation_backward(
                 edges = Edges(edges.classes[: rows.shape[0]], edges.offsets[: rows.shape[0] + 1], edges.pairs)
             to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, edges, rows is not None)
     else:
-        to_probe, to_gallery = cpu.max_correlation_backward(
-            grad, pooled, argmax, rnorm, maps, keys, index, group, rows, needs_probe, needs_gallery
-        )
+        with _as_given(probe):
+            to_probe, to_gallery = cpu.max_correlation_backward(
+                grad, pooled, argmax, rnorm, maps, keys, index, group, rows, needs_probe, needs_gallery
+            )
     return (
         _maps(to_probe, probe) if needs_probe else to_probe,
         _maps(to_gallery, gallery) if needs_gallery else to_gallery,
@@ -200,7 +208,8 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tu
         rnorms = (cpu.inverse_norm(vectors, torch.float32) for vectors in (queries, keys))
         similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
     else:
-        similarities, indices = cpu.cosine_topk(queries, keys, k, exclude_self)
+        with _as_given(queries):
+            similarities, indices = cpu.cosine_topk(queries, keys, k, exclude_self)
     return similarities, indices
 
 

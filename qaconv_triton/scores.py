@@ -30,10 +30,9 @@ class ClassScores:
 
     def to_dense(self, fill: float = 0.0) -> Tensor:
         """Spread the values over `[B, N]`; `fill` where no class was scored, NaN in rows of invalid labels."""
-        dense = self.values.new_full((self.values.shape[0], self.num_classes), fill)
-        if self.values.device.type != "cpu":
-            dense.masked_fill_((self.classes < 0).any(1, keepdim=True), torch.nan)
-        return dense.scatter_(1, self.classes.clamp(min=0), self.values)
+        invalid = (self.classes < 0).any(1, keepdim=True)
+        background = torch.where(invalid, torch.nan, self.values.new_tensor(fill))
+        return background.repeat(1, self.num_classes).scatter_(1, self.classes.clamp(min=0), self.values)
 
     def to_sparse(self) -> Tensor:
         """Return the scores as a `torch.sparse_coo` tensor `[B, N]`."""
@@ -75,8 +74,7 @@ def pair_scores(
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:
         return pooled.sum(-1)
-    if pairs == 1 and _uses_batch(logit_bn, evaluate):
-        raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
+    check_pairs(pairs, logit_bn, evaluate=evaluate)
     with torch.autocast(pooled.device.type, enabled=False):
         weight = fc.weight.to(pooled.dtype).squeeze(0)
         mask = None if valid is None else valid.view(-1, 1, 1)
@@ -88,6 +86,16 @@ def pair_scores(
         centred, scale, shift = _batch_norm(logit_bn, logits, mask, evaluate)
         scores = centred * scale + shift
         return scores if mask is None else torch.where(mask, scores, torch.nan)
+
+
+def check_pairs(pairs: int, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> None:
+    """Require more than one pair where `logit_bn` takes its statistics from them.
+
+    Raises:
+        ValueError: a single pair.
+    """
+    if pairs == 1 and _uses_batch(logit_bn, evaluate):
+        raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 
 def _uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:

@@ -189,7 +189,7 @@ def test_cosine_topk_naive(device: torch.device) -> None:
     values, indices = reference.cosine_topk(queries, keys, 6)
     for p in range(5):
         similarity = F.cosine_similarity(queries[p : p + 1], keys)
-        order = sorted(range(9), key=lambda n: -similarity[n].item())[:6]  # noqa: B023
+        order = sorted(range(9), key=lambda n: -similarity[n].item())[:6]
         assert indices[p].tolist() == order
         assert_values(values[p], similarity[order], torch.float64)
 
@@ -224,12 +224,12 @@ def test_pair_scores_formula(training: bool, device: torch.device) -> None:
         module.to(device).double().train(training)
     with torch.no_grad():
         for module in (bn, logit_bn):
-            module.weight.fill_(1.7), module.bias.fill_(-0.3)
-            module.running_mean.fill_(0.4), module.running_var.fill_(2.5)
+            for tensor, value in zip((*module.parameters(), *module.buffers()), (1.7, -0.3, 0.4, 2.5), strict=False):
+                tensor.fill_(value)
     pooled = maps(3, 2, 8, device=device)
 
     def norm(values: Tensor) -> Tensor:
-        mean, variance = (values.mean(), values.var(correction=0)) if training else (0.4, torch.tensor(2.5))
+        mean, variance = (values.mean(), values.var(correction=0)) if training else (0.4, 2.5)
         return (values - mean) / (variance + bn.eps) ** 0.5 * 1.7 - 0.3
 
     expected = norm((norm(pooled) * fc.weight[0]).sum(-1) + fc.bias)
