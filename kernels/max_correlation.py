@@ -75,7 +75,7 @@ def _forward_kernel(
                     m_c = o_c < C
                     b_neighbor = tl.load(
                         p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
-                        mask=m_r[:, None] & m_c[None, :],
+                        mask=m_r[:, None] & m_c[None, :] & is_pair,
                         other=0.0,
                     )
                     b_probe = tl.load(

@@ -38,8 +38,10 @@ def check_maps(
         for letter, size in (("B", None), ("C", channels), ("H", height), ("W", width))
     )
     wanted = (channels, height, width)
-    if maps.dim() != 4 or any(
-        size is not None and size != got for size, got in zip(wanted, maps.shape[1:], strict=True)
+    if (
+        maps.dim() != 4
+        or 0 in maps.shape[1:]
+        or any(size is not None and size != got for size, got in zip(wanted, maps.shape[1:], strict=True))
     ):
         raise ValueError(f"{name}: expected feature maps [{expected}], got shape {list(maps.shape)}")
     if maps.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

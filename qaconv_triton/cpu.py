@@ -116,16 +116,22 @@ def max_correlation_backward(
         ids = _ids(index, members, span)
         maps = _gathered(gallery, ids, span).to(dtype)
         upstream = grad[members, span].transpose(1, 2)  # [L, k, m, 2S]
-        if ids is not None:
-            upstream = upstream.masked_fill((ids < 0)[:, :, None, None], 0.0)
+        best = pooled[members, span].transpose(1, 2)
+        norms = rnorm[members[:, 0], span] if rnorm.numel() else None
+        left_out = None if ids is None else ids < 0
+        if left_out is not None and bool(left_out.any()):  # those pairs are NaN, and zero times NaN is NaN
+            maps = maps.masked_fill(left_out[:, :, None, None], 0.0)
+            upstream, best = (values.masked_fill(left_out[:, :, None, None], 0.0) for values in (upstream, best))
+            norms = None if norms is None else norms.masked_fill(left_out.unsqueeze(2), 0.0)
+        else:
+            left_out = None
         where = argmax[members, span].transpose(1, 2).long()
         grad_s, grad_r = upstream[..., :locations], upstream[..., locations:].transpose(2, 3)  # [.., m, s], [.., r, m]
         arg_s, arg_r = where[..., :locations], where[..., locations:].transpose(2, 3)
         weight = grad.new_zeros(lists, maps.shape[1], locations, sharing, locations)  # [L, k, r, m, s]
         weight.scatter_(2, arg_s.unsqueeze(2), grad_s.unsqueeze(2))
         weight.scatter_add_(4, arg_r.unsqueeze(4), grad_r.unsqueeze(4))
-        if rnorm.numel():
-            norms = rnorm[members[:, 0], span]
+        if norms is not None:
             weight *= norms[..., None, None]
         weight = weight.flatten(3, 4).flatten(1, 2)  # [L, k*r, m*s]
         if needs_probe:
@@ -133,9 +139,10 @@ def max_correlation_backward(
             to_probe.index_add_(0, members.flatten(), part.view(-1, locations, channels))
         if needs_gallery:
             part = (weight @ probe[members].to(dtype).flatten(1, 2)).view(maps.shape)
-            if rnorm.numel():
-                best = pooled[members, span].transpose(1, 2)
-                pull = torch.nan_to_num(upstream * best) if ids is not None else upstream * best
+            if left_out is not None:
+                part = part.masked_fill(left_out[:, :, None, None], 0.0)
+            if norms is not None:
+                pull = upstream * best
                 along = pull[..., locations:].sum(2)  # [L, k, r]
                 along = along.scatter_add(2, arg_s.flatten(2), pull[..., :locations].flatten(2))
                 part.addcmul_(maps, (along * norms.square()).unsqueeze(-1), value=-1.0)
@@ -167,12 +174,11 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tu
     panel = max(1, 16 * BLOCK // max(queries.shape[1], strip))
     for start in range(0, num_queries, strip):
         rows = slice(start, min(start + strip, num_queries))
-        wide = queries[rows].to(dtype)
-        similarity = wide.new_empty(wide.shape[0], num_keys)
+        unit = queries[rows].to(dtype) * rnorm_queries[rows, None]
+        similarity = unit.new_empty(unit.shape[0], num_keys)
         for first in range(0, num_keys, panel):
             columns = slice(first, min(first + panel, num_keys))
-            similarity[:, columns] = wide @ keys[columns].to(dtype).mT
-        similarity *= rnorm_queries[rows, None]
+            similarity[:, columns] = _product(unit, keys[columns].to(dtype))
         similarity *= rnorm_keys
         if exclude_self:
             similarity.diagonal(start).fill_(-torch.inf)
@@ -180,16 +186,23 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tu
     return similarities, indices
 
 
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """`rows @ columns.mT`, each element summed in the same order: BLAS has another one for a single row or column."""
+    twice = [torch.cat([part, part]) if part.shape[0] == 1 else part for part in (rows, columns)]
+    return (twice[0] @ twice[1].mT)[: rows.shape[0], : columns.shape[0]]
+
+
 def _select(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, falling, equal ones by rising column. `torch.topk` leaves that order open."""
+    """The k largest of every row, falling, equal ones by rising column, NaN first. `torch.topk` leaves ties open."""
     beyond = min(k + 1, similarity.shape[1])
     values, indices = similarity.topk(beyond, dim=1)
     if beyond > k:  # where the k-th equals the next one, which ids belong is a matter of order, not of chance
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        bar, runner_up = values[:, k - 1], values[:, k]
         indices = indices[:, :k].contiguous()
-        for part in tied.split(64):
-            bar = values[part, k - 1 : k]
-            above, equal = similarity[part] > bar, similarity[part] == bar
+        for part in ((bar == runner_up) | runner_up.isnan()).nonzero().flatten().split(64):
+            row, limit = similarity[part], bar[part, None]
+            equal = torch.where(limit.isnan(), row.isnan(), row == limit)
+            above = ((row > limit) | row.isnan()) & ~equal
             fits = equal.cumsum(1) <= k - above.sum(1, keepdim=True)
             indices[part] = (above | (equal & fits)).nonzero()[:, 1].view(-1, k)
     indices = indices.sort(dim=1).values

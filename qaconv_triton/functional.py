@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .checks import check_count, check_device, check_finite_rows, check_index, check_maps, check_visibility
+from .checks import (
+    check_count,
+    check_device,
+    check_finite_rows,
+    check_index,
+    check_maps,
+    check_visibility,
+    values_may_be_read,
+)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,6 +27,8 @@ def _embeddings(values: Tensor, name: str) -> Tensor:
         raise TypeError(f"{name}: expected a tensor [N, D] or [N, C, H, W], got {type(values).__name__}")
     if values.dim() not in (2, 4):
         raise ValueError(f"{name}: expected [N, D] or [N, C, H, W], got shape {list(values.shape)}")
+    if 0 in values.shape[1:]:
+        raise ValueError(f"{name}: expected embeddings of at least one number, got shape {list(values.shape)}")
     if values.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {values.dtype}")
     if values.dim() == 4:
@@ -95,7 +105,8 @@ def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: bool = F
     flat = _embeddings(embeddings, "embeddings")
     classes = flat.shape[0]
     check_count(k, "k", low=1, high=classes - 1, why=f"each of {classes} classes has {classes - 1} others")
-    check_finite_rows(flat, "embeddings")
+    if not torch.compiler.is_compiling():
+        check_finite_rows(flat, "embeddings")
     similarities, indices = ops.cosine_topk(flat, flat, k, True)
     return (similarities, indices) if return_similarities else indices
 
@@ -148,7 +159,7 @@ def max_correlation(
     Raises:
         TypeError: integer or complex maps, index not int64.
         ValueError: shapes or devices that do not fit.
-        IndexError: an index outside `[0, G)` (checked on the CPU; on CUDA with `QACONV_TRITON_CHECKS=1`).
+        IndexError: an index outside `[0, G)` (on CUDA such a pair is NaN, or with `QACONV_TRITON_CHECKS=1`).
 
     Example:
         >>> maps = torch.randn(2, 8, 3, 3)
@@ -169,7 +180,10 @@ def max_correlation(
         if index.dim() != 2 or index.shape[0] != probe.shape[0]:
             raise ValueError(f"index: expected shape [{probe.shape[0]}, K], got {list(index.shape)}")
         check_device(index, "index", probe.device, "probe")
-        check_index(index, gallery.shape[0], "index", "gallery items")
+        if values_may_be_read(index):
+            check_index(index, gallery.shape[0], "index", "gallery items")
+        else:
+            index = torch.where((index < 0) | (index >= gallery.shape[0]), -1, index)
     dtype = correlation_dtype(probe)
     ready = prepare_maps(probe, probe_occ, dtype), prepare_maps(gallery, gallery_occ, dtype)
     pooled: Tensor = ops.max_correlation(*ready, index, None, False, False)[0]

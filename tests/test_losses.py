@@ -539,8 +539,8 @@ def test_bad_options_are_refused() -> None:
         SoftmaxTripletLoss(matcher, background="mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="include_self=True"):
         SoftmaxTripletLoss(matcher, background="ignore")
-    with pytest.raises(ValueError, match="num_classes=None"):
-        SoftmaxTripletLoss(make_matcher())
+    with pytest.raises(ValueError, match="without num_classes"):
+        SoftmaxTripletLoss(make_matcher())(*make_batch(TARGETS["mixed"])[:2])
     with pytest.raises(ValueError, match=r"mem_batch_size .* got 0"):
         ClassMemoryLoss(matcher, NUM_CLASSES, CHANNELS, HEIGHT, WIDTH, mem_batch_size=0)
     with pytest.raises(ValueError, match=r"num_classes .* got 0"):
