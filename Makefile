@@ -27,7 +27,7 @@ demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with g
 	$(BIN)/python examples/glyphs.py $(ARGS)
 
 test: lint ## lint, then the whole test suite
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check $(SOURCES)

@@ -75,7 +75,7 @@ def _forward_kernel(
                     m_c = o_c < C
                     b_neighbor = tl.load(
                         p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
-                        mask=m_r[:, None] & m_c[None, :] & is_pair,
+                        mask=m_r[:, None] & m_c[None, :],
                         other=0.0,
                     )
                     b_probe = tl.load(
@@ -132,8 +132,8 @@ def forward(
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
     rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
-    if pooled.numel() == 0:
-        return pooled, argmax, rnorm
+    if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
+        return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
     tiles, num_warps, num_stages = config.correlation_forward(locations, channels, probe.element_size())
     order = None if group is None else group.argsort(stable=True)
     grid = (probes * triton.cdiv(neighbors, tiles["KP"]),)

@@ -71,6 +71,8 @@ def max_correlation(
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
     rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=dtype)
+    if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
+        return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
     for members, span in _blocks(probe, neighbors, index is not None, group):
         ids = _ids(index, members, span)
         maps = _gathered(gallery, ids, span)
