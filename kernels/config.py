@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+WORKSPACE_BYTES = 256 * 2**20  # of similarities or candidates that cosine top-k may hold at a time
+
 
 class Config(NamedTuple):
     """Tile sizes (the kernel's constexpr arguments) with the launch's warps and pipeline stages."""

@@ -19,7 +19,6 @@ from .tiles import LOWEST, dot, sortable
 
 EMPTY = torch.iinfo(torch.int64).min  # below every entry
 ID_MASK = 2**32 - 1
-WORKSPACE_BYTES = 256 * 2**20
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def cosine_topk(
     tiles, num_warps, num_stages = config.cosine_topk(queries.element_size())
     panel = min(num_keys, max(k, 4096))
     room = k + panel
-    strip = max(tiles["BM"], min(num_queries, WORKSPACE_BYTES // (8 * room)))
+    strip = max(tiles["BM"], min(num_queries, config.WORKSPACE_BYTES // (8 * room)))
 
     for start in range(0, num_queries, strip):
         strip_queries = queries[start : start + strip]

@@ -1,6 +1,6 @@
-"""The CPU path: blocked matrix products in plain torch, in bounded memory, with the kernels' contracts.
+"""Maximum correlation on the CPU: blocked matrix products in plain torch, in bounded memory, as the kernels do it.
 
-A block is at most `BLOCK` correlations (or similarities): small enough to be reduced while it is in cache. Half
+A block is at most `BLOCK` correlations: small enough to be reduced while it is in cache. Half
 precision is multiplied in fp32, so that only inputs are rounded, never the sums. Runs on any device; CUDA tensors come
 here in fp64, or when `QACONV_TRITON_BACKEND=torch` asks for it.
 """
@@ -161,52 +161,3 @@ def _accumulate(total: Tensor, part: Tensor, ids: Tensor | None, rows: Tensor | 
     if rows is not None:
         where = torch.searchsorted(rows, where).clamp(max=max(rows.shape[0] - 1, 0))
     total.index_add_(0, where, part.flatten(0, 1))
-
-
-def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """As `kernels.cosine_topk.cosine_topk`, for `queries [P, D]` and `keys [N, D]`."""
-    num_queries, num_keys = queries.shape[0], keys.shape[0]
-    dtype = accumulation_dtype(queries.dtype)
-    similarities = queries.new_empty(num_queries, k, dtype=dtype)
-    indices = queries.new_empty(num_queries, k, dtype=torch.int64)
-    if num_queries == 0 or k == 0:
-        return similarities, indices
-    rnorm_queries, rnorm_keys = inverse_norm(queries, dtype), inverse_norm(keys, dtype)
-    strip = min(512, max(1, 16 * BLOCK // num_keys))
-    panel = max(1, 16 * BLOCK // max(queries.shape[1], strip))
-    for start in range(0, num_queries, strip):
-        rows = slice(start, min(start + strip, num_queries))
-        unit = queries[rows].to(dtype) * rnorm_queries[rows, None]
-        similarity = unit.new_empty(unit.shape[0], num_keys)
-        for first in range(0, num_keys, panel):
-            columns = slice(first, min(first + panel, num_keys))
-            similarity[:, columns] = _product(unit, keys[columns].to(dtype))
-        similarity *= rnorm_keys
-        if exclude_self:
-            similarity.diagonal(start).fill_(-torch.inf)
-        similarities[rows], indices[rows] = _select(similarity, k)
-    return similarities, indices
-
-
-def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    """`rows @ columns.mT`, each element summed in the same order: BLAS has another one for a single row or column."""
-    twice = [torch.cat([part, part]) if part.shape[0] == 1 else part for part in (rows, columns)]
-    return (twice[0] @ twice[1].mT)[: rows.shape[0], : columns.shape[0]]
-
-
-def _select(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, falling, equal ones by rising column, NaN first. `torch.topk` leaves ties open."""
-    beyond = min(k + 1, similarity.shape[1])
-    values, indices = similarity.topk(beyond, dim=1)
-    if beyond > k:  # where the k-th equals the next one, which ids belong is a matter of order, not of chance
-        bar, runner_up = values[:, k - 1], values[:, k]
-        indices = indices[:, :k].contiguous()
-        for part in ((bar == runner_up) | runner_up.isnan()).nonzero().flatten().split(64):
-            row, limit = similarity[part], bar[part, None]
-            equal = torch.where(limit.isnan(), row.isnan(), row == limit)
-            above = ((row > limit) | row.isnan()) & ~equal
-            fits = equal.cumsum(1) <= k - above.sum(1, keepdim=True)
-            indices[part] = (above | (equal & fits)).nonzero()[:, 1].view(-1, k)
-    indices = indices.sort(dim=1).values
-    values, order = similarity.gather(1, indices).sort(dim=1, descending=True, stable=True)
-    return values, indices.gather(1, order)

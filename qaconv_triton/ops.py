@@ -1,7 +1,7 @@
 """The operations as `torch.library` ops: fakes, autograd, and the choice of a backend.
 
-CUDA tensors go to the Triton kernels, CPU tensors and fp64 to `cpu.py`. `QACONV_TRITON_BACKEND=triton|torch` forces
-either, so that the kernels run on a CPU under `TRITON_INTERPRET=1`.
+CUDA tensors go to the Triton kernels, CPU tensors and fp64 to `cpu.py` and `cpu_topk.py`.
+`QACONV_TRITON_BACKEND=triton|torch` forces either, so that the kernels run on a CPU under `TRITON_INTERPRET=1`.
 
 Maps travel as `[.., C, H, W]`, in any memory format; inside they are seen as `[.., S, C]`, which costs nothing for
 channels-last ones. Outputs and gradients are laid out channels-last.
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
-from .kernels.config import argmax_dtype
+from . import cpu, cpu_topk
+from .kernels import config
 from .kernels.edges import Edges, inverse_list
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
@@ -101,7 +101,7 @@ def _(
     locations = probe.shape[2] * probe.shape[3]
     dtype = cpu.accumulation_dtype(probe.dtype)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
-    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
+    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
     rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else (0,), dtype=dtype)
     return pooled, argmax, rnorm
 
@@ -200,7 +200,10 @@ max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
 
 @torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
 def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """The k keys `[N, D]` of largest cosine for every query `[P, D]`; see `functional.topk_cosine`."""
+    """The k keys `[N, D]` of largest cosine for every query `[P, D]`; see `functional.topk_cosine`.
+
+    With `exclude_self` query i does not find key i; half of the work is saved where the two are one table.
+    """
     queries, keys = queries.contiguous(), keys.contiguous()
     if uses_triton(queries):
         from .kernels import cosine_topk as kernel
@@ -209,7 +212,7 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tu
         similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
     else:
         with _as_given(queries):
-            similarities, indices = cpu.cosine_topk(queries, keys, k, exclude_self)
+            similarities, indices = cpu_topk.cosine_topk(queries, keys, k, exclude_self, config.WORKSPACE_BYTES)
     return similarities, indices
 
 

@@ -12,7 +12,8 @@ from tolerances import TOLERANCES, assert_values
 from torch import Tensor
 from torch.nn import functional as F
 
-from qaconv_triton import cpu, functional, ops, reference
+from qaconv_triton import cpu_topk, functional, ops, reference
+from qaconv_triton.kernels import config
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -132,21 +133,32 @@ def test_strips_of_queries(
     exclude_self: bool, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A workspace too small for all queries at once; self is still the right id in a later strip."""
-    if backend == "triton":
-        from qaconv_triton.kernels import cosine_topk as kernel
-
-        monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(config, "WORKSPACE_BYTES", 1 if backend == "triton" else 4 * 10_000)
     embeddings = table(530, 7, device)
     check(embeddings, embeddings, 9, exclude_self, *ops.cosine_topk(embeddings, embeddings, 9, exclude_self))
 
 
-@pytest.mark.parametrize("block", [1, 10, 33, 2**8])
-def test_cpu_blocks(block: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("entries", [1, 10, 100, 700, 75 * 75])
+@pytest.mark.parametrize("fewest_rows", [1, 16, 4096])
+def test_cpu_blocks(entries: int, fewest_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the similarity is cut, and wherever a list is improved by the columns of a block."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(config, "WORKSPACE_BYTES", 4 * entries)
+    monkeypatch.setattr(cpu_topk, "FEWEST_ROWS", fewest_rows)
+    monkeypatch.setattr(cpu_topk, "LISTS", 16)
     embeddings = table(75, 9, device)
     check(embeddings, embeddings, 7, True, *ops.cosine_topk(embeddings, embeddings, 7, True))
+    check(embeddings, embeddings, 2, True, *ops.cosine_topk(embeddings, embeddings, 2, True))
     check(embeddings[:4], embeddings, 75, False, *ops.cosine_topk(embeddings[:4], embeddings, 75, False))
+
+
+@pytest.mark.parametrize("dim", [7, 300])
+def test_mirrored_blocks(dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to fill a block on the diagonal, over several blocks of a size that is chunked."""
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
+    monkeypatch.setattr(config, "WORKSPACE_BYTES", 4 * 900 * 1300)
+    embeddings = table(1300, dim, device)
+    check(embeddings, embeddings, 5, True, *ops.cosine_topk(embeddings, embeddings, 5, True))
 
 
 # --- ties and zeros
