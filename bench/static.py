@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,14 @@ def cases() -> Iterator[Case]:
     def maps(count: int, locations: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(count, locations, 512, dtype=dtype, device="meta")
 
-    for dtype in (torch.bfloat16, torch.float32):
+    half, single = (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)
+    mixed = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))  # autocast, over an fp32 class table
+    for dtype, table_dtype in (half, single, *mixed):
         for locations in (49, 192):
-            shape = f"C=512 S={locations} {TYPES[dtype]}"
-            probe, table = maps(256, locations, dtype), maps(10_572, locations, dtype)
+            shape = f"C=512 S={locations} {TYPES[dtype]}" + (
+                f" on {TYPES[table_dtype]}" if dtype != table_dtype else ""
+            )
+            probe, table = maps(256, locations, dtype), maps(10_572, locations, table_dtype)
             index = torch.empty(256, 256, dtype=torch.int64, device="meta")
             group = torch.empty(256, dtype=torch.int64, device="meta")
             pooled = torch.empty(256, 256, 2 * locations, device="meta")
@@ -91,9 +96,11 @@ def cases() -> Iterator[Case]:
                 return max_correlation.gallery_gradient(*args, compact=False)
 
             yield Case(f"class path forward {shape}", max_correlation, forward)
-            yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)
+            if dtype == table_dtype:
+                yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)
             yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
             yield Case(f"gallery gradient {shape}", max_correlation, gallery_gradient)
+    for dtype in (torch.bfloat16, torch.float32):
         for dim in (512, 25_088):
             table = torch.empty(10_572, dim, dtype=dtype, device="meta")
             rnorm = torch.empty(10_572, device="meta")
@@ -104,19 +111,25 @@ def cases() -> Iterator[Case]:
             yield Case(f"class graph K=256 D={dim} {TYPES[dtype]}", cosine_topk, graph)
 
 
+class _Recorded(Exception):
+    """Ends a launcher where its kernel would run: from there on it may want results."""
+
+
 class _Recorder:
-    """Stands in for a kernel and keeps the arguments of its first launch."""
+    """Stands in for a kernel and keeps the arguments of its launch."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.arguments: dict[str, Any] | None = None
         self.options: dict[str, int] = {}
+        self.constants: frozenset[str] = frozenset()
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-            if self.arguments is None:
-                self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
-                self.options = {"num_warps": num_warps, "num_stages": num_stages}
+            self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
+            self.constants = frozenset(constants)
+            self.options = {"num_warps": num_warps, "num_stages": num_stages}
+            raise _Recorded
 
         return launch
 
@@ -125,7 +138,7 @@ def record(case: Case) -> list[_Recorder]:
     """Run a case's launcher on meta tensors; the kernels it launched, with their arguments."""
     kernels = {name: value for name, value in vars(case.module).items() if isinstance(value, triton.JITFunction)}
     recorders = {name: _Recorder(kernel) for name, kernel in kernels.items()}
-    with mock.patch.multiple(case.module, **recorders):
+    with mock.patch.multiple(case.module, **recorders), suppress(_Recorded):
         case.launch()
     return [recorder for recorder in recorders.values() if recorder.arguments is not None]
 
@@ -136,15 +149,16 @@ def compile_for(recorder: _Recorder, target: GPUTarget) -> Any:
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(recorder.kernel.arg_names):
         value = recorder.arguments[name]
+        is_special = not recorder.kernel.params[position].do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif name.isupper() or value is None or value == 1:
+        elif name in recorder.constants or value is None or (value == 1 and is_special):
             signature[name] = "constexpr"
             constants[(position,)] = value
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and is_special:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(recorder.kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=recorder.options)

@@ -76,7 +76,7 @@ def load_glyphs() -> Glyphs:
             if code in codes_of_face[face]:
                 draw(font, code, images[row, face])
     pictures = torch.from_numpy(images)
-    return Glyphs([chr(code) for code in codes], pictures, pictures.flatten(2).any(dim=2))
+    return Glyphs([chr(code) for code in codes], pictures, pictures.flatten(2).amax(dim=2) > 0)
 
 
 def is_drawn(code: int) -> bool:

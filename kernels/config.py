@@ -1,7 +1,8 @@
 """The only table of tile sizes, warps and stages.
 
 A shape class (location count, element size) picks a row; sizes that change from batch to batch (P, G, K, N) never do,
-so a new batch size or K compiles nothing new. Tile letters as in README.md: BS and BR locations, BC channels,
+and kernels are not specialised on them: a new batch size or K compiles nothing new. Tile letters as in README.md: BS
+and BR locations, BC channels,
 BM and BN items.
 """
 
@@ -24,7 +25,9 @@ class Config(NamedTuple):
 
 def argmax_dtype(locations: int) -> torch.dtype:
     """The smallest dtype that holds a location."""
-    return torch.uint8 if locations <= 256 else torch.int16
+    if locations <= 256:
+        return torch.uint8
+    return torch.int16 if locations <= 2**15 else torch.int32
 
 
 def precision() -> str:
@@ -35,7 +38,10 @@ def precision() -> str:
     """
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
+    if setting is None:
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "tf32x3"
 
 
 def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:

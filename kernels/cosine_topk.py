@@ -21,7 +21,7 @@ EMPTY = torch.iinfo(torch.int64).min  # below every entry
 ID_MASK = 2**32 - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "L", "first_query", "first_key", "end_key"])
 def _append_kernel(
     p_queries,  # [P, D]
     p_keys,  # [N, D]
@@ -112,9 +112,10 @@ def cosine_topk(
                 EXCLUDE_SELF=exclude_self, PRECISION=config.precision(), **tiles,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
-            best = lists.topk(k, dim=1).values
+            used = max(k, int(counts.max()))  # the longest list: a read-back a panel saves selecting from empty room
+            best = lists[:, :used].topk(k, dim=1).values
             lists[:, :k] = best
-            lists[:, k:] = EMPTY
+            lists[:, k:used] = EMPTY
             counts.fill_(k)
             bar = (best[:, -1] >> 32).to(torch.int32)
         similarities[start : start + strip] = _unpack_similarity(best)

@@ -1,6 +1,6 @@
 """Correlation of feature maps with the best match kept both ways, and its gradients. README.md has the math.
 
-One program of the forward holds one probe map and streams neighbour maps past it; the `[S, S]` correlation lives in
+One program of the forward stays on one probe map and streams neighbour maps past it; the `[S, S]` correlation lives in
 registers only. The backward rebuilds the sparse gradient of that correlation from the saved argmax, tile by tile, and
 multiplies it on the tensor cores: `probe_gradient` stays on a probe and streams its neighbours, `gallery_gradient`
 stays on a gallery map and streams the probes that met it. No atomics; the order of every sum is fixed.
@@ -18,7 +18,7 @@ from .edges import Edges
 from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, unsortable
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "K"])
 def _forward_kernel(
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
@@ -134,7 +134,9 @@ def forward(
     rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
-    tiles, num_warps, num_stages = config.correlation_forward(locations, channels, probe.element_size())
+    tiles, num_warps, num_stages = config.correlation_forward(
+        locations, channels, max(probe.element_size(), gallery.element_size())
+    )
     order = None if group is None else group.argsort(stable=True)
     grid = (probes * triton.cdiv(neighbors, tiles["KP"]),)
     _forward_kernel[grid](
@@ -146,7 +148,7 @@ def forward(
     return pooled, argmax, rnorm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])
 def _probe_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
@@ -216,7 +218,9 @@ def probe_gradient(
     out = torch.empty_like(probe)
     if out.numel() == 0 or grad.numel() == 0:
         return out.zero_()
-    tiles, num_warps, num_stages = config.correlation_backward(locations, channels, probe.element_size())
+    tiles, num_warps, num_stages = config.correlation_backward(
+        locations, channels, max(probe.element_size(), gallery.element_size())
+    )
     grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
     _probe_gradient_kernel[grid](
         grad, argmax, rnorm, gallery, index, gradient_scale(grad), out,
@@ -227,7 +231,7 @@ def probe_gradient(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "K"])
 def _gallery_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_pooled,  # [P, K, 2S] fp32
@@ -326,7 +330,9 @@ def gallery_gradient(
     if out.numel() == 0 or grad.numel() == 0 or slots == 0:
         return out
     classes, offsets, pairs = edges if edges is not None else (None, None, None)
-    tiles, num_warps, num_stages = config.correlation_backward(locations, channels, probe.element_size())
+    tiles, num_warps, num_stages = config.correlation_backward(
+        locations, channels, max(probe.element_size(), gallery.element_size())
+    )
     grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
     _gallery_gradient_kernel[grid](
         grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, gradient_scale(grad), out,

@@ -2,7 +2,7 @@
 
     from qaconv_triton import QAConv, SoftmaxTripletLoss
 
-`SPEC` in the README: shapes, semantics, errors. Query-adaptive convolution: arXiv:1904.10424; graph sampling:
+Query-adaptive convolution: arXiv:1904.10424; graph sampling:
 arXiv:2104.01546.
 """
 

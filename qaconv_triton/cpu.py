@@ -2,7 +2,7 @@
 
 A block is at most `BLOCK` correlations: small enough to be reduced while it is in cache. Half
 precision is multiplied in fp32, so that only inputs are rounded, never the sums. Runs on any device; CUDA tensors come
-here in fp64, or when `QACONV_TRITON_BACKEND=torch` asks for it.
+here in fp64, or when `QACONV_TRITON_BACKEND=torch` asks for it; there `index_add_` sums in no fixed order.
 """
 
 from __future__ import annotations

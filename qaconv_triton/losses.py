@@ -395,6 +395,7 @@ class ClassMemoryLoss(MatcherLoss):
         target = check_labels(target, len(feature), self.num_classes, feature.device)
         # The memory changes before the backward pass, which works on the matcher's normalised copies of it.
         chunks = torch.split(self.class_memory, self.mem_batch_size)
+        check_pairs(len(feature) * len(chunks[-1]), self.matcher.logit_bn)  # before a larger chunk updates anything
         score = torch.cat([self.matcher(feature, chunk) for chunk in chunks], dim=1)
 
         is_target = target[:, None] == torch.arange(self.num_classes, device=target.device)

@@ -19,6 +19,7 @@ from .checks import check_count, check_device, check_labels, check_maps, check_v
 from .scores import ClassScores, check_pairs, pair_scores
 
 POOLED_BYTES = 128 * 2**20  # of pooled values at a time where nothing needs them later
+MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, likewise
 
 
 class QAConv(nn.Module):
@@ -32,7 +33,8 @@ class QAConv(nn.Module):
         k_nearest: K, neighbour classes per class, between 1 and N - 1.
         include_self: score a sample's own class as well, after its K neighbours.
         sparse_grad: `class_embed.grad` is a `torch.sparse_coo` tensor of the touched rows, for `SparseAdam` or `SGD`,
-            as with `nn.Embedding(sparse=True)`. Not under `torch.compile`.
+            as with `nn.Embedding(sparse=True)`. Not under `torch.compile` or `DistributedDataParallel`. The table is
+            then laid out as those optimizers need it, contiguous, not channels-last: matching reads it more slowly.
 
     Raises:
         TypeError: a size that is not an int.
@@ -82,7 +84,9 @@ class QAConv(nn.Module):
             self.register_parameter("class_embed", None)
         else:
             table = torch.randn(num_classes, num_features, height, width).div_(num_features**0.5)
-            self.class_embed = nn.Parameter(table.to(memory_format=torch.channels_last))
+            # torch's optimizers add a sparse gradient to a contiguous parameter only
+            layout = torch.contiguous_format if sparse_grad else torch.channels_last
+            self.class_embed = nn.Parameter(table.to(memory_format=layout))
         self.register_buffer("class_neighbors", None, persistent=False)
         self._kernel: Tensor | None = None
         self._warned_of_gallery_visibility = False
@@ -109,6 +113,8 @@ class QAConv(nn.Module):
         gal_occ: Tensor | None = None,
     ) -> Tensor:
         """Score probes against a gallery, against each other, or against classes.
+
+        What a backward pass needs is kept, unless gradients are off; for a large gallery `match` is the one to call.
 
         Args:
             prob_fea: probe maps `[P, C, H, W]`, float16, bfloat16, float32 or float64, on the module's device.
@@ -326,14 +332,16 @@ class QAConv(nn.Module):
             return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate)
 
         frozen = evaluate or not (self.bn.training or self.logit_bn.training)
-        pairs = max(1, POOLED_BYTES // (8 * self.height * self.width))
-        if torch.is_grad_enabled() or not frozen or probe.shape[0] * count <= pairs:
+        locations = self.height * self.width
+        most_probes = max(1, min(probe.shape[0], 256))
+        most_maps = max(1, MAP_BYTES // (4 * self.num_features * locations))
+        width = max(1, min(POOLED_BYTES // (8 * locations * most_probes), most_maps))
+        if torch.is_grad_enabled() or not frozen or (probe.shape[0] <= most_probes and count <= width):
             return score(probe, gallery(slice(0, count)))
-        most = min(probe.shape[0], 256)
         columns = []
-        for start in range(0, count, max(1, pairs // most)):
-            maps = gallery(slice(start, min(start + max(1, pairs // most), count)))
-            columns.append(torch.cat([score(part, maps) for part in probe.split(most)]))
+        for start in range(0, count, width):
+            maps = gallery(slice(start, min(start + width, count)))
+            columns.append(torch.cat([score(part, maps) for part in probe.split(most_probes)]))
         return torch.cat(columns, dim=1)
 
     def _class_table(self) -> Tensor:

@@ -9,7 +9,11 @@ channels-last ones. Outputs and gradients are laid out channels-last.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,12 +37,19 @@ def uses_triton(tensor: Tensor) -> bool:
         raise ValueError(f"{BACKEND_VARIABLE}: expected 'triton' or 'torch', got {forced!r}")
     if tensor.dtype == torch.float64 or forced == "torch":
         return False
-    return forced == "triton" or tensor.device.type == "cuda"
+    return forced == "triton" or (tensor.device.type == "cuda" and _has_triton())
 
 
-def _as_given(tensor: Tensor) -> torch.autocast:
-    """Inside an op dtypes are as its inputs have them: autocast has had its say before."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def _as_given(tensor: Tensor) -> Iterator[None]:
+    """Inside an op the device and the dtypes are its inputs': autocast has had its say before."""
+    with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
+        yield
 
 
 def _locations(maps: Tensor) -> Tensor:
@@ -80,6 +91,7 @@ def max_correlation(
         from .kernels import max_correlation as kernel
 
         forward = kernel.forward
+    index = None if index is None else index.contiguous()
     with _as_given(probe):
         pooled, argmax, rnorm = forward(
             _locations(probe).contiguous(), _locations(gallery), index, group, normalize_gallery
@@ -126,19 +138,20 @@ def max_correlation_backward(
     """
     maps, keys = _locations(probe).contiguous(), _locations(gallery)
     grad = grad.contiguous()
-    if uses_triton(probe):
-        from .kernels import max_correlation as kernel
+    index = None if index is None else index.contiguous()
+    with _as_given(probe):
+        if uses_triton(probe):
+            from .kernels import max_correlation as kernel
 
-        to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
-        if needs_probe:
-            to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index)
-        if needs_gallery:
-            edges = None if index is None else inverse_list(index, gallery.shape[0])
-            if edges is not None and rows is not None:
-                edges = Edges(edges.classes[: rows.shape[0]], edges.offsets[: rows.shape[0] + 1], edges.pairs)
-            to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, edges, rows is not None)
-    else:
-        with _as_given(probe):
+            to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
+            if needs_probe:
+                to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index)
+            if needs_gallery:
+                edges = None if index is None else inverse_list(index, gallery.shape[0])
+                if edges is not None and rows is not None:
+                    edges = Edges(edges.classes[: rows.shape[0]], edges.offsets[: rows.shape[0] + 1], edges.pairs)
+                to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, edges, rows is not None)
+        else:
             to_probe, to_gallery = cpu.max_correlation_backward(
                 grad, pooled, argmax, rnorm, maps, keys, index, group, rows, needs_probe, needs_gallery
             )
@@ -202,16 +215,16 @@ max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
 def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     """The k keys `[N, D]` of largest cosine for every query `[P, D]`; see `functional.topk_cosine`.
 
-    With `exclude_self` query i does not find key i; half of the work is saved where the two are one table.
+    With `exclude_self` query i does not find key i.
     """
     queries, keys = queries.contiguous(), keys.contiguous()
-    if uses_triton(queries):
-        from .kernels import cosine_topk as kernel
+    with _as_given(queries):
+        if uses_triton(queries):
+            from .kernels import cosine_topk as kernel
 
-        rnorms = (cpu.inverse_norm(vectors, torch.float32) for vectors in (queries, keys))
-        similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
-    else:
-        with _as_given(queries):
+            rnorms = (cpu.inverse_norm(vectors, torch.float32) for vectors in (queries, keys))
+            similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
+        else:
             similarities, indices = cpu_topk.cosine_topk(queries, keys, k, exclude_self, config.WORKSPACE_BYTES)
     return similarities, indices
 

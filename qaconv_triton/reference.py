@@ -32,7 +32,7 @@ def locations(maps: Tensor) -> Tensor:
 def max_correlation(
     probe: Tensor, gallery: Tensor, index: Tensor | None = None, normalize_gallery: bool = False
 ) -> Tensor:
-    """Best match of every location, both ways (SPEC: pooled; Liao & Shao, arXiv:1904.10424, section 3.2).
+    """Best match of every location, both ways (Liao & Shao, arXiv:1904.10424, section 3.2).
 
     Args:
         probe: `[P, S, C]`, prepared (normalised, weighted).

@@ -40,7 +40,8 @@ class GraphSampler(Sampler[list[int]]):
             computed anew, such as `matcher.compute_class_neighbors`).
         batch_size: samples in a batch, a multiple of `num_instances`.
         num_instances: samples of each class in a batch.
-        seed: of the random order; every epoch of every seed has its own.
+        seed: of the random order; every epoch of every seed has its own. Processes that train together take
+            different ones.
 
     Raises:
         TypeError: labels or neighbours that are not integers, or counts that are not ints.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassScores:
     """Scores of every sample against its own few classes, without the columns in between.
 
@@ -31,7 +31,7 @@ class ClassScores:
     def to_dense(self, fill: float = 0.0) -> Tensor:
         """Spread the values over `[B, N]`; `fill` where no class was scored, NaN in rows of invalid labels."""
         invalid = (self.classes < 0).any(1, keepdim=True)
-        background = torch.where(invalid, torch.nan, self.values.new_tensor(fill))
+        background = torch.where(invalid, torch.nan, self.values.new_full((), fill))
         return background.repeat(1, self.num_classes).scatter_(1, self.classes.clamp(min=0), self.values)
 
     def to_sparse(self) -> Tensor:
@@ -54,8 +54,8 @@ def pair_scores(
 ) -> Tensor:
     """Compute `logit_bn(fc(bn(pooled)))`, one score per pair (arXiv:1904.10424, section 3.3).
 
-    `bn` sees all pooled values as one channel, `logit_bn` all logits: both are scalar affine maps, so that only one
-    intermediate of pooled's size exists. Running statistics are updated as the modules would.
+    `bn` sees all pooled values as one channel, `logit_bn` all logits: both are scalar affine maps, and `bn` is folded
+    into `fc`. Running statistics are updated as the modules would. Statistics are those of this process's batch.
 
     Args:
         pooled: `[P, K, 2S]`.
@@ -69,8 +69,13 @@ def pair_scores(
         `[P, K]` in pooled's dtype, whatever autocast says.
 
     Raises:
+        TypeError: a `SyncBatchNorm`, whose statistics would be those of all processes.
         ValueError: batch statistics of a single pair.
     """
+    if isinstance(bn, nn.SyncBatchNorm) or isinstance(logit_bn, nn.SyncBatchNorm):
+        raise TypeError(
+            "QAConv's batch norms see one process's pairs; convert_sync_batchnorm must leave the matcher out"
+        )
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:
         return pooled.sum(-1)
@@ -108,7 +113,7 @@ def _batch_norm(
     """Split `norm` over all of `values` into `(values - mean, scale, shift)`; what `mask` leaves out is zero."""
     if _uses_batch(norm, evaluate):
         if mask is None:
-            count = values.new_tensor(float(values.numel()))
+            count = values.new_full((), float(values.numel()))
             mean = values.mean()
             centred = values - mean
         else:
@@ -137,9 +142,9 @@ def _track(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor, count: Tensor) 
     """Update the running statistics once, as `BatchNorm1d` does; not at all when nothing counted."""
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
-    norm.num_batches_tracked.add_(1)
+    norm.num_batches_tracked.add_((count > 0).long())
     if norm.momentum is None:
-        momentum = norm.num_batches_tracked.to(mean.dtype).reciprocal()
+        momentum = norm.num_batches_tracked.clamp(min=1).to(mean.dtype).reciprocal()
     else:
         momentum = torch.full_like(mean, norm.momentum)
     momentum = momentum * (count > 0)

@@ -1,0 +1,122 @@
+"""The demo's pictures: the learned class graph, the local correspondences of one character, the training curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qaconv_triton.functional import class_neighbors
+
+ANCHORS = (
+    "OlcAe3iKnE-\u00ab+8uPxT\u0416\u044f\u03b8\u2192&?SdHLRp0(/=vyzUo"  # shown if they are in training, in this order
+)
+ANCHOR_ROWS, NEIGHBORS_SHOWN = 8, 7
+TILE, GAP = SIZE + 8, 14  # a picture with its frame; room for a number below
+
+
+def draw_neighbors(path: Path, glyphs: Glyphs, table: Tensor) -> None:
+    """Two columns of classes, dark, and right of each its nearest classes by the class graph, with their cosine."""
+    shown = min(NEIGHBORS_SHOWN, len(glyphs) - 1)
+    similarity, neighbors = (tensor.cpu() for tensor in class_neighbors(table, shown, return_similarities=True))
+    known = [glyphs.characters.index(anchor) for anchor in ANCHORS if anchor in glyphs.characters]
+    anchors = list(dict.fromkeys([*known, *range(len(glyphs))]))[: 2 * ANCHOR_ROWS]
+    width = (shown + 2) * TILE
+    canvas = np.full((ANCHOR_ROWS * (TILE + GAP), 2 * width - TILE), 255, np.uint8)
+    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    axes = figure.subplots()
+    for place, anchor in enumerate(anchors):
+        top, left = place % ANCHOR_ROWS * (TILE + GAP), place // ANCHOR_ROWS * width
+        for column, glyph in enumerate([anchor, *neighbors[anchor].tolist()]):
+            picture = np.pad(glyphs.images[glyph, QUERY_FACE].numpy(), (TILE - SIZE) // 2)
+            x = left + column * TILE
+            canvas[top : top + TILE, x : x + TILE] = picture if column == 0 else 255 - picture
+            if column:
+                text = f"{similarity[anchor, column - 1]:.2f}"
+                axes.text(x + TILE / 2, top + TILE + GAP / 3, text, ha="center", va="center", size=7, color="0.4")
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title("Classes (white on black) and their nearest classes, by cosine of the class table")
+    axes.set_axis_off()
+    figure.savefig(path, dpi=100)
+
+
+PAIR = "&gR@QkSaB5\u0436\u042f\u00df\u03be%$ehGmw9"  # the first of these that is a test class is shown
+SERIF = FACES.index("DejaVuSerif")
+LINES = 12
+
+
+@torch.no_grad()
+def draw_correspondences(path: Path, backbone: nn.Module, glyphs: Glyphs, occluded: Tensor, visibility: Tensor) -> None:
+    """The best local matches of a test character, clean and occluded, with the same character in another face."""
+    pairable = [glyph for glyph in range(len(glyphs)) if glyphs.covered[glyph, SERIF]]
+    wanted = [glyph for mark in PAIR for glyph in pairable if glyphs.characters[glyph] == mark]
+    glyph = (wanted or pairable)[0]
+    gallery = glyphs.images[glyph, SERIF][None, None].to(occluded.device)
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    everything = torch.ones(CELLS, CELLS)
+    query = glyphs.images[glyph, QUERY_FACE][None].to(occluded.device)
+    draw_matches(left, "clean", backbone, query, gallery[0], everything)
+    seen = visibility[glyph, 0].cpu()
+    title = "occluded (shaded), with visibility map"
+    lines = draw_matches(right, title, backbone, occluded[glyph], gallery[0], seen)
+    figure.colorbar(lines, ax=[left, right], label="correlation", shrink=0.8)
+    figure.suptitle("Where an unseen character's locations find their best match in another face")
+    figure.savefig(path, dpi=100)
+
+
+def draw_matches(
+    axes: Axes, title: str, backbone: nn.Module, probe: Tensor, gallery: Tensor, visibility: Tensor
+) -> LineCollection:
+    """Draw the strongest lines of `corr[r, s]`'s maxima over r, from probe locations s that show ink."""
+    probe_map, gallery_map = F.normalize(backbone(torch.stack([probe, gallery])).flatten(2), dim=1).cpu()
+    correlation = visibility.flatten() * (gallery_map.mT @ probe_map)  # [r, s]
+    best, found = correlation.max(dim=0)
+    cell = SIZE // CELLS
+    ink = F.avg_pool2d(probe.float().cpu(), cell).flatten() > 32
+    chosen = (
+        best.masked_fill(~ink, -1.0).topk(min(LINES, max(1, int((ink & (visibility.flatten() > 0.5)).sum())))).indices
+    )
+    offset = SIZE + SIZE // 2
+    canvas = np.full((SIZE, offset + SIZE), 255, np.uint8)
+    canvas[:, :SIZE], canvas[:, offset:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    shade = np.kron(1 - visibility.numpy(), np.ones((cell, cell)))
+    axes.imshow(np.zeros_like(shade), cmap="autumn", alpha=0.45 * shade, extent=(-0.5, SIZE - 0.5, SIZE - 0.5, -0.5))
+    start, end = center(chosen), center(found[chosen]) + torch.tensor([offset, 0.0])
+    lines = LineCollection(torch.stack([start, end], dim=1).numpy(), array=best[chosen].numpy(), cmap="viridis")
+    lines.set(clim=(0, 1), linewidth=1.6)
+    axes.add_collection(lines)
+    for ends in (start, end):
+        axes.scatter(*ends.mT.numpy(), s=10, c=best[chosen].numpy(), vmin=0, vmax=1, cmap="viridis", zorder=3)
+    axes.set(title=title, xlim=(-0.5, offset + SIZE - 0.5), ylim=(SIZE - 0.5, -0.5))
+    axes.set_axis_off()
+    return lines
+
+
+def center(location: Tensor) -> Tensor:
+    """The pixel (x, y) in the middle of locations `[M]`: `[M, 2]`."""
+    return (torch.stack([location % CELLS, location // CELLS], dim=1) + 0.5) * (SIZE / CELLS) - 0.5
+
+
+def draw_training(path: Path, curves: dict[str, tuple[list[float], list[float]]]) -> None:
+    """Loss and accuracy of the class path over the course of training, as running means."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, (losses, accuracies) in curves.items():
+        for axes, values in ((left, losses), (right, accuracies)):
+            curve = torch.tensor(values)
+            smooth = curve.unfold(0, max(1, len(curve) // 25), 1).mean(dim=1)
+            axes.plot(torch.linspace(0, 100, len(smooth)), smooth, label=name)
+    left.set(xlabel="% of training", ylabel="loss", yscale="log")
+    right.set(xlabel="% of training", ylabel="accuracy", ylim=(0, 1))
+    right.legend(fontsize="small")
+    figure.suptitle("(a) chooses among all classes, (b) and (c) among a class and its neighbours", fontsize="medium")
+    figure.savefig(path, dpi=100)
