@@ -203,7 +203,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     )
     if rows is not None:
         to_gallery = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), to_gallery, gallery.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), to_gallery.contiguous(), gallery.shape, is_coalesced=True, check_invariants=False
         )
     return to_probe if needs_probe else None, to_gallery if needs_gallery else None, None, None, None, None
 
