@@ -62,7 +62,7 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 def correlation_forward(locations: int, channels: int, element_size: int) -> Config:
     """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program."""
     tile = _power_of_two(locations, 16, 64)
-    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128 // element_size), "KP": 8}
+    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 64 // element_size), "KP": 8}
     return Config(tiles, num_warps=8 if tile == 64 else 4, num_stages=3)
 
 
