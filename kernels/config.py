@@ -59,11 +59,15 @@ def _power_of_two(size: int, low: int, high: int) -> int:
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
-def correlation_forward(locations: int, channels: int, element_size: int) -> Config:
-    """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program."""
+def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> Config:
+    """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program.
+
+    Steps and stages are those that compile without a spill from sm_80 to sm_100, by the sizes of the maps' elements.
+    """
     tile = _power_of_two(locations, 16, 64)
-    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 64 // element_size), "KP": 8}
-    return Config(tiles, num_warps=8 if tile == 64 else 4, num_stages=3)
+    step, num_stages = {(2, 2): (32, 5), (2, 4): (64, 3)}.get((probe_size, gallery_size), (32, 3))
+    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, step), "KP": 8}
+    return Config(tiles, num_warps=8 if tile == 64 else 4, num_stages=num_stages)
 
 
 def correlation_backward(locations: int, channels: int, element_size: int) -> Config:

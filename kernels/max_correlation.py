@@ -135,7 +135,7 @@ def forward(
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
     tiles, num_warps, num_stages = config.correlation_forward(
-        locations, channels, max(probe.element_size(), gallery.element_size())
+        locations, channels, probe.element_size(), gallery.element_size()
     )
     order = None if group is None else group.argsort(stable=True)
     grid = (probes * triton.cdiv(neighbors, tiles["KP"]),)
