@@ -31,7 +31,7 @@ def argmax_dtype(locations: int) -> torch.dtype:
 
 
 def precision() -> str:
-    """How fp32 operands are multiplied, from `torch.get_float32_matmul_precision()`.
+    """How fp32 operands are multiplied, from torch's setting for matrix products.
 
     At "highest" an operand is split into two tf32 parts and three products restore what one loses: as accurate as
     fp32 to within its rounding, on the tensor cores, and without the spills of a product in scalar fp32.

@@ -1,4 +1,4 @@
-"""Exact top-k by cosine on the CPU: every unordered pair of rows is multiplied once, and no row is sorted twice.
+"""Exact top-k by cosine on the CPU; within one table every unordered pair of blocks is multiplied once.
 
 The similarity passes by in blocks that fit the workspace. Each row keeps its k best so far; a block improves the lists
 of its rows and, where queries and keys are one table, of its columns. Three things keep that cheaper than the product:
