@@ -27,8 +27,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qaconv_triton.kernels import cosine_topk, max_correlation
+from qaconv_triton.kernels import config, cosine_topk, max_correlation
 from qaconv_triton.kernels.edges import inverse_list
+from qaconv_triton.kernels.panels import Panel
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
@@ -100,15 +101,38 @@ def cases() -> Iterator[Case]:
                 yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)
             yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
             yield Case(f"gallery gradient {shape}", max_correlation, gallery_gradient)
+    meta, k, room = torch.device("meta"), 256, 1024
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (512, 25_088):
-            table = torch.empty(10_572, dim, dtype=dtype, device="meta")
-            rnorm = torch.empty(10_572, device="meta")
+            rows = torch.empty(10_572, dim, dtype=dtype, device=meta)
+            panel = Panel(rows, torch.empty(10_572, device=meta), 0)
 
-            def graph(table=table, rnorm=rnorm):  # type: ignore[no-untyped-def]
-                return cosine_topk.cosine_topk(table, table, rnorm, rnorm, 256, True)
+            def graph(panel=panel, mirror=True):  # type: ignore[no-untyped-def]
+                lists = cosine_topk.Lists(10_572, room, meta)
+                tiling = config.cosine_topk(*panel.rows.shape[1:], panel.rows.element_size())
+                walk = cosine_topk.Walk(k, room, tiling, lists.entries[:, :k], lists.bars, None)
+                return walk.rounds(panel, panel, lists, lists if mirror else None)
 
-            yield Case(f"class graph K=256 D={dim} {TYPES[dtype]}", cosine_topk, graph)
+            def search(graph=graph):  # type: ignore[no-untyped-def]
+                return graph(mirror=False)
+
+            yield Case(f"class graph D={dim} {TYPES[dtype]}", cosine_topk, graph)
+            yield Case(f"gallery search D={dim} {TYPES[dtype]}", cosine_topk, search)
+    for length in (512, 4096):
+        lists = cosine_topk.Lists(10_572, length, meta)
+        lists.longest = length
+
+        def select(lists=lists):  # type: ignore[no-untyped-def]
+            return lists.select(k)
+
+        yield Case(f"selection K={k} of {length}", cosine_topk, select)
+    for k_nearest in (20, 256):
+        entries = torch.empty(10_572, k_nearest, dtype=torch.int64, device=meta)
+
+        def order(entries=entries):  # type: ignore[no-untyped-def]
+            return cosine_topk.ordered(entries)
+
+        yield Case(f"order of K={k_nearest}", cosine_topk, order)
 
 
 class _Recorded(Exception):
@@ -171,7 +195,9 @@ def _tool(name: str) -> str:
 
 def report(case: Case, arch: int) -> Iterator[Report]:
     """Compile the kernels of a case for an NVIDIA `sm_<arch>` and read what came out."""
-    for recorder in record(case):
+    with mock.patch.object(config, "generation", lambda: arch):
+        recorders = record(case)
+    for recorder in recorders:
         compiled = compile_for(recorder, GPUTarget("cuda", arch, 32))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])

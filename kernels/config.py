@@ -8,9 +8,13 @@ BM and BN items.
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which few large programs are dear enough
 
 WORKSPACE_BYTES = 256 * 2**20  # of similarities or candidates that cosine top-k may hold at a time
 
@@ -54,6 +58,14 @@ def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
     return {"WIDEN": False, "PRECISION": precision()}
 
 
+@cache
+def generation() -> int:
+    """The GPU's architecture, 80, 90, 100: which of the three this machine's is closest to; 90 where there is none."""
+    if torch.version.hip is not None:
+        return 80
+    return min(max(torch.cuda.get_device_capability()[0], 8), 10) * 10 if torch.cuda.is_available() else 90
+
+
 def _power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two that holds `size`, within `[low, high]`."""
     return min(max(1 << (size - 1).bit_length(), low), high)
@@ -80,6 +92,29 @@ def correlation_backward(locations: int, channels: int, element_size: int) -> Co
     return Config(tiles, num_warps=8 if tile >= 32 else 4, num_stages=3)
 
 
-def cosine_topk(element_size: int) -> Config:
-    """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD."""
-    return Config({"BM": 128, "BN": 64, "BD": 128 // element_size}, num_warps=8, num_stages=3)
+def cosine_topk(dim: int, element_size: int) -> Config:
+    """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD, GROUP row tiles at a time.
+
+    The largest tiles whose products and lists share the registers without a spill; where embeddings are short, those
+    of which two programs fit a multiprocessor, so that one multiplies while the other appends.
+    """
+    is_half, is_long = element_size == 2, dim >= 2048
+    tile, num_warps = (64, 128), 8
+    if generation() == 90:
+        tile, num_warps = ((128, 256 if is_half else 128), 8) if is_long else ((64, 128), 4)
+    elif generation() == 100 and is_half:
+        tile = (128, 256 if is_long else 128)
+    tiles = {"BM": tile[0], "BN": tile[1], "BD": 128 // element_size, "GROUP": 1024 // tile[0]}
+    return Config(tiles, num_warps, num_stages=3)
+
+
+def select(length: int) -> Config:
+    """Lists of up to BL entries, a power of two, BM of them a program: they are held in registers."""
+    rows = max(1, (2**17 if INTERPRETED else 2**11) // length)
+    return Config({"BM": rows, "BL": length}, num_warps=8 if length > 2**11 else 4, num_stages=1)
+
+
+def order(k: int) -> Config:
+    """BK of the k entries of BM lists, compared with all the others BK at a time."""
+    tile = _power_of_two(k, 16, 64)
+    return Config({"BM": 2**18 // tile**2 if INTERPRETED else 1, "BK": tile}, num_warps=4, num_stages=1)

@@ -1,176 +1,320 @@
-"""Exact top-k by cosine on the CPU; within one table every unordered pair of blocks is multiplied once.
+"""Exact top-k by cosine on the CPU; within one table every unordered pair of tiles is multiplied once.
 
-The similarity passes by in blocks that fit the workspace. Each row keeps its k best so far; a block improves the lists
-of its rows and, where queries and keys are one table, of its columns. Three things keep that cheaper than the product:
+The similarity passes by in blocks that stay in cache. What exceeds its row's bar is appended to the row's list, and
+within one table also to the list of its column. A bar starts as a guess (`kernels/bars.py`), so that a list hardly
+outgrows k by much; a list that does fill up is cut to its k best, whose last is then the bar. A list that ends short
+of k was guessed wrong, and its row is searched again without a guess.
 
-- A row of a block is cut into strided chunks. The k best entries lie in the k chunks with the highest peaks, so that
-  only peaks and the members of those chunks are selected from: about `2 sqrt(m k)` numbers instead of m.
-- Peaks that do not exceed the row's k-th best so far are out at once, so later blocks look at fewer chunks.
-- A block is visited while it is in cache, and its transpose is taken in contiguous pieces.
-
-Ids pass by in rising order in every list, so an entry that only equals the k-th best so far has lost its tie.
+An entry is an int64, the similarity in sortable form above the complement of the id, as in the kernel: entries differ,
+so the k largest are one set, and equal similarities fall by rising id. Ids reach every list in rising order: what only
+equals a bar that was set by a cut has lost its tie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .cpu import accumulation_dtype, inverse_norm
+from . import reference
+from .cpu import inverse_norm
+from .kernels import bars as guessing
 
-ROWS = 512  # of a product at a time
-LISTS = 128  # of a selection at a time: what it allocates should come from the heap, not page by page from the system
-FEWEST_ROWS = 4096  # of a block, so that a list is not improved too often
-MIRROR_DIM = 256  # from this size on, copying the mirrored half of a diagonal block is cheaper than multiplying it
+TILE = 512  # rows and columns of a product, always, so that BLAS sums all of them in the same order
+HEIGHT, WIDTH = 1024, 4096  # of a block: powers of two, at least TILE
+GROUP = 8  # rows whose maximum is compared first, when columns are looked at
+CUT = 64  # lists that are cut at a time
+EMPTY = torch.iinfo(torch.int64).min  # below every entry
+ID_MASK = 2**32 - 1
+Progress = Callable[[int, int], None]
 
 
 def cosine_topk(
-    queries: Tensor, keys: Tensor, k: int, exclude_self: bool, workspace_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.cosine_topk.cosine_topk`, for `queries [P, D]` and `keys [N, D]`.
-
-    Where the two are one table, half of the product is enough.
-    """
-    symmetric = exclude_self and queries.data_ptr() == keys.data_ptr() and queries.shape == keys.shape
-    dtype = accumulation_dtype(queries.dtype)
-    num_queries, num_keys = queries.shape[0], keys.shape[0]
-    values = queries.new_full((num_queries, k), -torch.inf, dtype=dtype)
-    ids = queries.new_full((num_queries, k), -1, dtype=torch.int64)
-    if num_queries == 0 or k == 0:
-        return values, ids
-    rnorm_keys = inverse_norm(keys, dtype)
-    rnorm_queries = rnorm_keys if symmetric else inverse_norm(queries, dtype)
-    room = queries.new_empty(min(max(workspace_bytes // dtype.itemsize, 1), num_queries * num_keys), dtype=dtype)
-    for rows, columns in _blocks(num_queries, num_keys, room.numel(), symmetric):
-        height, width = rows.stop - rows.start, columns.stop - columns.start
-        block = room[: height * width].view(height, width)
-        mirrored = symmetric and rows.start == columns.start
-        _multiply(block, queries, keys, rnorm_queries, rnorm_keys, rows, columns, mirrored)
-        if exclude_self:
-            block.diagonal(rows.start - columns.start).fill_(-torch.inf)
-        for start in range(0, height, LISTS):
-            part = slice(start, min(start + LISTS, height))
-            _improve(values, ids, slice(rows.start + part.start, rows.start + part.stop), block[part], columns.start)
-        if symmetric:  # the columns that are not rows of this block as well
-            for start in range(max(rows.stop - columns.start, 0), width, LISTS):
-                part = slice(start, min(start + LISTS, width))
-                lists = slice(columns.start + part.start, columns.start + part.stop)
-                _improve(values, ids, lists, _transposed(block[:, part]), rows.start)
-    return _ordered(values, ids)
-
-
-def _blocks(num_queries: int, num_keys: int, room: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Cut the similarity, or its upper triangle, into blocks of at most `room` entries, columns rising in each row."""
-    start = 0
-    while start < num_queries:
-        first = start if symmetric else 0
-        width = min(num_keys - first, max(1, room // min(FEWEST_ROWS, num_queries - start)))
-        height = min(num_queries - start, max(1, room // width))
-        if symmetric and first + width < num_keys:
-            height = min(height, width)  # the first block of the rows holds their whole diagonal
-        for column in range(first, num_keys, width):
-            yield slice(start, start + height), slice(column, min(column + width, num_keys))
-        start += height
-
-
-def _multiply(
-    block: Tensor,
     queries: Tensor,
-    keys: Tensor,
-    rnorm_queries: Tensor,
-    rnorm_keys: Tensor,
-    rows: slice,
-    columns: slice,
-    mirrored: bool,
-) -> None:
-    """Fill `block` with the cosines of `queries[rows]` and `keys[columns]`; `mirrored`: the two begin together."""
-    height, width = block.shape
-    mirrored = mirrored and queries.shape[1] >= MIRROR_DIM
-    for top in range(0, height, ROWS):
-        bottom = min(top + ROWS, height)
-        there = slice(rows.start + top, rows.start + bottom)
-        unit = queries[there].to(block.dtype) * rnorm_queries[there, None]
-        for left in range(top if mirrored else 0, width, 4 * ROWS):
-            right = min(left + 4 * ROWS, width)
-            there = slice(columns.start + left, columns.start + right)
-            _multiply_into(block[top:bottom, left:right], unit, keys[there].to(block.dtype))
-            block[top:bottom, left:right] *= rnorm_keys[there]
-        if mirrored and bottom < height:
-            block[bottom:, top:bottom] = _transposed(block[top:bottom, bottom:height])
-
-
-def _multiply_into(out: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """`out = rows @ columns.mT`, each element summed in the same order: BLAS has another for a single row or column."""
-    if min(out.shape) > 1:
-        torch.mm(rows, columns.mT, out=out)
-        return
-    twice = [torch.cat([part, part]) if part.shape[0] == 1 else part for part in (rows, columns)]
-    out.copy_((twice[0] @ twice[1].mT)[: out.shape[0], : out.shape[1]])
-
-
-def _transposed(block: Tensor) -> Tensor:
-    """`block.mT`, contiguous; a contiguous source is transposed tile by tile."""
-    return block.contiguous().mT.contiguous()
-
-
-def _improve(values: Tensor, ids: Tensor, rows: slice, similarity: Tensor, first_id: int) -> None:
-    """Improve the lists of `rows` by the entries of `similarity [rows, m]`, whose columns are ids from `first_id`."""
-    k, width = values.shape[1], similarity.shape[1]
-    kept, kept_ids = values[rows], ids[rows]
-    is_first = bool(kept_ids[0, 0] < 0)
-    found, found_ids = _contenders(similarity, None if is_first else kept.amin(1, keepdim=True), k)
-    found_ids = found_ids + first_id
-    if not is_first or found.shape[1] < k:
-        found, found_ids = torch.cat([kept, found], dim=1), torch.cat([kept_ids, found_ids], dim=1)
-    best, where = found.topk(min(k + 1, found.shape[1]), dim=1)
-    best_ids = found_ids.gather(1, where[:, :k])
-    if best.shape[1] > k:  # where the k-th equals the next one, which ids belong is a matter of order, not of chance
-        runner_up = best[:, k]
-        tied = ((best[:, k - 1] == runner_up) & (runner_up > -torch.inf)) | runner_up.isnan()
-        for part in tied.nonzero().flatten().split(64):
-            in_order, order = kept_ids[part].sort(dim=1)
-            row = torch.cat([kept[part].gather(1, order), similarity[part]], dim=1)
-            everyone = torch.arange(first_id, first_id + width, device=ids.device).expand(len(part), -1)
-            chosen = _first_largest(row, best[part, k - 1 : k], k)
-            best[part, :k] = row[chosen].view(-1, k)
-            best_ids[part] = torch.cat([in_order, everyone], dim=1)[chosen].view(-1, k)
-    values[rows], ids[rows] = best[:, :k], best_ids
-
-
-def _contenders(similarity: Tensor, bar: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Entries `[rows, c]`, with their columns, that hold the k + 1 best of each row, as far as they exceed its bar."""
-    width = similarity.shape[1]
-    chunk = int((width / k) ** 0.5)
-    chunks = width // max(chunk, 1)
-    if chunk < 2 or chunks <= k + 1:
-        return similarity, torch.arange(width, device=similarity.device).expand_as(similarity)
-    peaks = similarity[:, : chunk * chunks].unflatten(1, (chunk, chunks)).amax(1)
-    needed = k + 1
-    if bar is not None:
-        needed = min(needed, int((peaks <= bar).logical_not_().sum(1, dtype=torch.int32).amax()))  # NaN is needed
-    best = peaks.topk(needed, dim=1, sorted=False).indices
-    steps = torch.arange(chunk, device=similarity.device) * chunks
-    rest = torch.arange(chunk * chunks, width, device=similarity.device).expand(len(best), -1)
-    columns = torch.cat([(best.unsqueeze(1) + steps.unsqueeze(1)).flatten(1), rest], dim=1)
-    return similarity.gather(1, columns), columns
-
-
-def _first_largest(row: Tensor, bar: Tensor, k: int) -> Tensor:
-    """Mark the k largest of every row, whose k-th is `bar [rows, 1]`; of those that equal it, the first."""
-    equal = torch.where(bar.isnan(), row.isnan(), row == bar)
-    above = ((row > bar) | row.isnan()) & ~equal
-    return above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-
-
-def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Put every list in falling order, NaN first, equal values by rising id. Lists are mostly in order already."""
-    for start in range(0, values.shape[0], ROWS):
-        part = slice(start, start + ROWS)
-        loose = ~(values[part, 1:] < values[part, :-1]).all(1)
-        rows = start + loose.nonzero().flatten()
-        in_order, order = ids[rows].sort(dim=1)
-        values[rows], order = values[rows].gather(1, order).sort(dim=1, descending=True, stable=True)
-        ids[rows] = in_order.gather(1, order)
+    keys: Tensor | None,
+    k: int,
+    previous: Tensor | None,
+    workspace_bytes: int,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.cosine_topk.cosine_topk`, for `queries [P, D]` and `keys [N, D]`; None: the queries, without self."""
+    if queries.dtype == torch.float64:
+        return _by_sorting(queries, keys, k, workspace_bytes)
+    table = queries if keys is None else keys
+    values = queries.new_empty(queries.shape[0], k, dtype=torch.float32)
+    ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
+    if ids.numel() == 0:
+        return values, ids
+    rnorm_keys = inverse_norm(table, torch.float32)
+    rnorm_queries = rnorm_keys if keys is None else inverse_norm(queries, torch.float32)
+    operands = queries, table, rnorm_queries, rnorm_keys
+    bars = None if previous is None else guessing.remember(queries, table, previous)
+    bars = _guess(*operands, k) if bars is None else bars
+    own = torch.arange(len(queries)) if keys is None else None
+    search = _Search(*operands, k, bars, own, symmetric=keys is None, workspace_bytes=workspace_bytes)
+    short = []
+    for rows, best in search.run(progress):
+        short.append(rows.start + (best[:, -1] == EMPTY).nonzero().flatten())
+        values[rows], ids[rows] = _unpack(best)
+    again_rows = torch.cat(short)
+    for rows in again_rows.split(TILE) if len(again_rows) else ():
+        own = rows if keys is None else None
+        again = _Search(queries[rows], table, rnorm_queries[rows], rnorm_keys, k, None, own, False, workspace_bytes)
+        for part, best in again.run(None):
+            values[rows[part]], ids[rows[part]] = _unpack(best)
     return values, ids
+
+
+def _by_sorting(queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """In fp64, which no entry can hold: strips of the similarity, sorted whole."""
+    table = reference.normalize(queries if keys is None else keys)
+    values = queries.new_empty(queries.shape[0], k)
+    ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
+    strip = max(2, workspace_bytes // (32 * len(table)))
+    for start in range(0, len(queries), strip):
+        rows = slice(max(min(start, len(queries) - strip), 0), start + strip)  # of one size, for one order of summing
+        similarity = reference.normalize(queries[rows]) @ table.mT
+        if keys is None:
+            similarity.diagonal(rows.start).fill_(-torch.inf)
+        best, order = similarity.sort(dim=1, descending=True, stable=True)
+        values[rows], ids[rows] = best[:, :k], order[:, :k]
+    return values, ids
+
+
+def _guess(queries: Tensor, keys: Tensor, rnorm_queries: Tensor, rnorm_keys: Tensor, k: int) -> Tensor | None:
+    """Bars from a sample of the keys, where one pays."""
+    plan = guessing.sample(*keys.shape, k)
+    if plan is None:
+        return None
+    chosen, rank = plan
+    some = keys[chosen].float() * rnorm_keys[chosen, None]
+    bars = torch.empty_like(rnorm_queries)
+    step = max(1, guessing.STRIP // len(some))
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        similarity = queries[rows].float() @ some.mT
+        if 8 * rank < len(some):  # the best of the best of four: hardly lower, and a quarter to select from
+            similarity = similarity.unflatten(1, (4, len(some) // 4)).amax(1)
+        bars[rows] = similarity.topk(rank, dim=1, sorted=False).values.amin(1) * rnorm_queries[rows]
+    return guessing.just_below(bars)
+
+
+class _Lists:
+    """Growing lists of entries: similarities, ids and their number; what they are compared with is not kept here."""
+
+    def __init__(self, count: int, room: int) -> None:
+        self.values, self.ids = torch.empty(count, room), torch.empty(count, room, dtype=torch.int32)
+        self.counts = torch.zeros(count, dtype=torch.int64)
+        self.starts = torch.arange(count) * room
+
+    def room(self) -> int:
+        return self.values.shape[1]
+
+    def append(self, first: int, lists: Tensor, counts: Tensor, values: Tensor, ids: Tensor) -> None:
+        """Append `values` and `ids`, sorted by list; `counts` of them go to the lists from `first` on."""
+        here = slice(first, first + len(counts))
+        starts = self.starts[here] + self.counts[here] + counts - counts.cumsum(0)
+        places = starts.take(lists).add_(torch.arange(len(lists)))
+        self.values.put_(places, values)
+        self.ids.put_(places, ids.to(torch.int32))
+        self.counts[here] += counts
+
+    def entries(self, rows: slice | Tensor) -> Tensor:
+        """The entries of some lists, `[rows, longest]`, shorter lists filled up with `EMPTY`."""
+        counts = self.counts[rows]
+        longest = int(counts.amax())
+        packed = _pack(self.values[rows, :longest], self.ids[rows, :longest])
+        return packed.masked_fill_(torch.arange(longest) >= counts.unsqueeze(1), EMPTY)
+
+    def replace(self, rows: Tensor, entries: Tensor) -> None:
+        k = entries.shape[1]
+        self.values[rows, :k], ids = _unpack(entries)
+        self.ids[rows, :k] = ids.to(torch.int32)
+        self.counts[rows] = (entries != EMPTY).sum(1)
+
+
+class _Search:
+    """One pass over all tiles. `own [P]`: the ids of the queries among the keys, to be left out."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        rnorm_queries: Tensor,
+        rnorm_keys: Tensor,
+        k: int,
+        bars: Tensor | None,
+        own: Tensor | None,
+        symmetric: bool,
+        workspace_bytes: int,
+    ) -> None:
+        self.unit = 8 * keys.numel() <= workspace_bytes
+        if self.unit:
+            keys = keys * rnorm_keys.unsqueeze(1)
+            queries = keys if symmetric else queries * rnorm_queries.unsqueeze(1)
+        self.queries, self.keys, self.rnorm_queries, self.rnorm_keys = queries, keys, rnorm_queries, rnorm_keys
+        self.k, self.own, self.symmetric = k, own, symmetric
+        self.bars = torch.full((len(queries),), -torch.inf) if bars is None else bars
+        # Rows of a power of two and what does not exist lower than every bar: no division, no edges below.
+        self.block = torch.full((min(HEIGHT, -(-len(queries) // GROUP) * GROUP), WIDTH), -torch.inf)
+        self.scale = torch.empty(self.block.shape)
+        self.above = torch.empty(self.block.shape, dtype=torch.bool)
+        room = min(len(keys), max(2 * k + 256, min(4 * k + 256, workspace_bytes // (8 * len(keys)))))
+        self.found = _Lists(len(self.block), max(room, k))  # by the rows of a block
+        self.earlier = _Lists(len(queries), max(room, k)) if symmetric else None  # by the columns of earlier blocks
+
+    def run(self, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield, for a range of queries after the other, their k best entries in falling order."""
+        count, (height, width) = len(self.keys), self.block.shape
+        starts = range(0, len(self.queries), height)
+        done, total = 0, sum(-(-(count - (start if self.symmetric else 0)) // width) for start in starts)
+        for start in starts:
+            rows = slice(start, min(start + height, len(self.queries)))
+            self.found.counts.zero_()
+            for first in range(start if self.symmetric else 0, count, width):
+                columns = slice(first, min(first + width, count))
+                self._multiply(rows, columns)
+                self._keep_rows(rows, columns)
+                if self.earlier is not None and columns.stop > rows.stop:
+                    self._keep_columns(rows, columns, slice(max(rows.stop, first), columns.stop))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            yield rows, self._best(rows)
+
+    def _multiply(self, rows: slice, columns: slice) -> None:
+        """Fill the block with the cosines of the queries `rows` and the keys `columns`."""
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        mirrored = self.symmetric and rows.start == columns.start
+        for top in range(0, height, TILE):
+            above, there = _tile(rows, top, len(self.queries))
+            left = self.queries[there].float()
+            for start in range(0, width, TILE):
+                before, here = _tile(columns, start, len(self.keys))
+                out = self.block[top : min(top + TILE, height), start : min(start + TILE, width)]
+                if mirrored and start < top:
+                    out.copy_(self.block[start : start + TILE, top : top + len(out)].mT)
+                elif above or before or 1 in (len(left), here.stop - here.start):
+                    out.copy_(_product(left, self.keys[here].float())[above:, before:])
+                else:
+                    torch.mm(left, self.keys[here].float().mT, out=out)
+        if not self.unit:  # one factor for both, so that a pair's cosine is the same whichever of the two is the row
+            scale = torch.mul(self.rnorm_queries[rows, None], self.rnorm_keys[columns], out=self.scale[:height, :width])
+            self.block[:height, :width] *= scale
+        self.block[:, width:] = -torch.inf
+        self.block[height:] = -torch.inf
+        if self.own is not None:
+            column = self.own[rows] - columns.start
+            row = ((column >= 0) & (column < width)).nonzero().flatten()
+            self.block[row, column[row]] = -torch.inf
+
+    def _bars(self, store: _Lists, lists: slice, queries: slice, width: int) -> tuple[Tensor, Tensor]:
+        """The bars of some lists, and which of them will not be looked through: without a bar, and soon full."""
+        bars = self.bars[queries]
+        blind = (bars == -torch.inf) & (store.counts[lists] + width > store.room())
+        return bars.masked_fill(blind, torch.inf), blind
+
+    def _keep_rows(self, rows: slice, columns: slice) -> None:
+        height, width = self.block.shape
+        lists = slice(0, rows.stop - rows.start)
+        bars, full = self._bars(self.found, lists, rows, columns.stop - columns.start)
+        bars = torch.nn.functional.pad(bars, (0, height - len(bars)))
+        torch.le(self.block, bars.unsqueeze(1), out=self.above)
+        self.above.logical_not_()  # NaN is above all
+        words = self.above.view(torch.int64).view(-1).nonzero().squeeze(1)  # eight at a time, few of which are not zero
+        within = self.above.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)
+        places = (words.take(within >> 3) << 3) | (within & 7)
+        values = self.block.take(places)
+        found = places >> (width.bit_length() - 1), values, (places & (width - 1)) + columns.start
+        self._append(self.found, lists, rows, found, full, self.block, columns.start)
+
+    def _keep_columns(self, rows: slice, columns: slice, offered: slice) -> None:
+        """Offer those of the block's `columns` that are `offered` to the lists of their queries, as rows."""
+        assert self.earlier is not None
+        height, width = self.block.shape
+        groups, start = height // GROUP, offered.start - columns.start
+        bars, full = self._bars(self.earlier, offered, offered, rows.stop - rows.start)
+        within = slice(start, offered.stop - columns.start)
+        peaks = self.block.view(groups, GROUP, width).amax(1).mT[within].contiguous()
+        peaks = torch.le(peaks, bars.unsqueeze(1)).logical_not_().view(-1).nonzero().squeeze(1)
+        column = peaks.div(groups, rounding_mode="floor")
+        places = ((peaks - column * groups) * (GROUP * width) + column + start).unsqueeze(1)
+        places = (places + torch.arange(GROUP) * width).view(-1)
+        values = self.block.take(places)
+        above = torch.le(values.view(-1, GROUP), bars.take(column).unsqueeze(1)).logical_not_()
+        above = above.view(-1).nonzero().squeeze(1)
+        lists = column.take(above.div(GROUP, rounding_mode="floor"))
+        found = lists, values.take(above), (places.take(above) >> (width.bit_length() - 1)) + rows.start
+        self._append(self.earlier, offered, offered, found, full, self.block[:, within].mT, rows.start)
+
+    def _append(
+        self,
+        store: _Lists,
+        lists: slice,
+        queries: slice,
+        found: tuple[Tensor, Tensor, Tensor],
+        full: Tensor,
+        similarity: Tensor,
+        first_id: int,
+    ) -> None:
+        """Append what was `found` (list, value, id; sorted by list) to the `lists` of `queries`.
+
+        Lists that are `full`, or will be, are cut to the k best of them and of `similarity [lists, m]`, dense.
+        """
+        to, values, ids = found
+        counts = torch.bincount(to, minlength=len(full))
+        full = full | (store.counts[lists] + counts > store.room())
+        if not full.any():
+            store.append(lists.start, to, counts, values, ids)
+            return
+        kept = full.logical_not().take(to).nonzero().squeeze(1)
+        counts = counts.masked_fill(full, 0)
+        store.append(lists.start, to.take(kept), counts, values.take(kept), ids.take(kept))
+        everyone = torch.arange(first_id, first_id + similarity.shape[1], dtype=torch.int32)
+        for part in full.nonzero().flatten().split(CUT):
+            dense = similarity[part]
+            entries = _pack(dense, everyone).masked_fill_(dense == -torch.inf, EMPTY)
+            entries = torch.cat([store.entries(lists.start + part), entries], dim=1)
+            best = entries.topk(self.k, dim=1, sorted=False).values
+            store.replace(lists.start + part, best)
+            last = best.amin(1)
+            bar = torch.where(last == EMPTY, -torch.inf, _unpack(last)[0])
+            self.bars[queries.start + part] = torch.maximum(self.bars[queries.start + part], bar)
+
+    def _best(self, rows: slice) -> Tensor:
+        """The k best of the queries `rows`, whose lists are complete."""
+        parts = []
+        for start in range(rows.start, rows.stop, CUT):
+            part = slice(start, min(start + CUT, rows.stop))
+            entries = self.found.entries(slice(part.start - rows.start, part.stop - rows.start))
+            if self.earlier is not None:
+                entries = torch.cat([self.earlier.entries(part), entries], dim=1)
+            if entries.shape[1] < self.k:
+                entries = torch.nn.functional.pad(entries, (0, self.k - entries.shape[1]), value=EMPTY)
+            parts.append(entries.topk(self.k, dim=1).values)
+        return torch.cat(parts)
+
+
+def _tile(span: slice, offset: int, count: int) -> tuple[int, slice]:
+    """TILE rows from `span.start + offset` on; the last tile of `count` begins earlier, by how much comes first."""
+    start = span.start + offset
+    known = min(start, max(0, start + TILE - count))
+    return known, slice(start - known, min(start - known + TILE, count))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.mT` with each element summed as in any larger product: BLAS has another order for one row."""
+    twice = [torch.cat([part, part]) if len(part) == 1 else part for part in (left, right)]
+    return (twice[0] @ twice[1].mT)[: len(left), : len(right)]
+
+
+def _pack(values: Tensor, ids: Tensor) -> Tensor:
+    bits = (values + 0.0).masked_fill_(values.isnan(), torch.nan).view(torch.int32)  # -0 + 0 is +0; one NaN, positive
+    bits = bits ^ ((bits >> 31) & (2**31 - 1))
+    return (bits.to(torch.int64) << 32) | (ID_MASK - ids.to(torch.int64))
+
+
+def _unpack(entries: Tensor) -> tuple[Tensor, Tensor]:
+    bits = (entries >> 32).to(torch.int32)
+    return (bits ^ ((bits >> 31) & (2**31 - 1))).view(torch.float32), ID_MASK - (entries & ID_MASK)

@@ -222,10 +222,9 @@ def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tu
         if uses_triton(queries):
             from .kernels import cosine_topk as kernel
 
-            rnorms = (cpu.inverse_norm(vectors, torch.float32) for vectors in (queries, keys))
-            similarities, indices = kernel.cosine_topk(queries, keys, *rnorms, k, exclude_self)
+            similarities, indices = kernel.cosine_topk(queries, None if exclude_self else keys, k)
         else:
-            similarities, indices = cpu_topk.cosine_topk(queries, keys, k, exclude_self, config.WORKSPACE_BYTES)
+            similarities, indices = cpu_topk.cosine_topk(queries, None if exclude_self else keys, k, None, config.WORKSPACE_BYTES, None)
     return similarities, indices
 
 

@@ -1,0 +1,76 @@
+"""Tables in pieces: rows on the device with their inverse norms, fetched ahead where the table is elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TAME = 1e15  # norms between 1 / TAME and TAME can be multiplied in fp32
+
+
+class Panel(NamedTuple):
+    """Rows `[n, D]` of a table from `first` on, and `1 / |row|` `[n]` in fp32, zero for a zero row."""
+
+    rows: Tensor
+    rnorm: Tensor
+    first: int
+
+
+def with_norms(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[n, D]` and their inverse norms in fp32; rows too long or short for it are scaled, by a power of two."""
+    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    wild = ((norm > 1 / TAME) & (norm < TAME)).logical_not().nonzero().flatten()
+    if wild.numel():
+        largest = rows[wild].abs().amax(1).float()
+        wild, largest = wild[largest > 0], largest[largest > 0]
+    if wild.numel():
+        exponent = largest.log2().floor().clamp(-126, 126)
+        rows = rows.clone()
+        rows[wild] = (rows[wild].float() * torch.exp2(-exponent).unsqueeze(1)).to(rows.dtype)
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return rows, torch.where(norm == 0, 0.0, norm.reciprocal())
+
+
+class Panels:
+    """A table `[N, D]` in panels of at most `size` rows, on `device` and in `dtype`.
+
+    A panel that has to be copied is fetched by another thread while the device works on those before it.
+    """
+
+    def __init__(self, table: Tensor, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.table, self.size, self.device, self.dtype = table, size, device, dtype
+        self.starts = range(0, table.shape[0], size)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and table.device != device else None
+
+    def walk(self, order: Iterable[int]) -> Iterator[Panel]:
+        """The panels that start at the rows in `order`; the next one is on its way while one is in use."""
+        if self.table.device == self.device:
+            yield from map(self._fetch, order)
+            return
+        with ThreadPoolExecutor(1) as worker:
+            coming = None
+            for start in itertools.chain(order, [None]):
+                ready, coming = coming, None if start is None else worker.submit(self._fetch, start)
+                if ready is not None:
+                    yield self._arrived(ready.result())
+
+    def _fetch(self, start: int) -> Panel:
+        rows = self.table[start : start + self.size]
+        if self.stream is None:
+            return Panel(*with_norms(rows.to(self.device, self.dtype).contiguous()), start)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            rows = rows.contiguous().pin_memory().to(self.device, non_blocking=True)
+            return Panel(*with_norms(rows.to(self.dtype)), start)
+
+    def _arrived(self, panel: Panel) -> Panel:
+        if self.stream is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self.stream)
+            panel.rows.record_stream(here)
+            panel.rnorm.record_stream(here)
+        return panel
