@@ -62,10 +62,15 @@ class Panels:
     def _fetch(self, start: int) -> Panel:
         rows = self.table[start : start + self.size]
         if self.stream is None:
-            return Panel(*with_norms(rows.to(self.device, self.dtype).contiguous()), start)
+            return self._panel(rows.to(self.device).contiguous(), start)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            rows = rows.contiguous().pin_memory().to(self.device, non_blocking=True)
-            return Panel(*with_norms(rows.to(self.dtype)), start)
+            return self._panel(rows.contiguous().pin_memory().to(self.device, non_blocking=True), start)
+
+    def _panel(self, rows: Tensor, start: int) -> Panel:
+        rows, rnorm = with_norms(rows)
+        if rows.dtype != self.dtype:  # normalised before they lose precision or leave the range
+            rows, rnorm = with_norms((rows * rnorm.unsqueeze(1)).to(self.dtype))
+        return Panel(rows, rnorm, start)
 
     def _arrived(self, panel: Panel) -> Panel:
         if self.stream is not None:

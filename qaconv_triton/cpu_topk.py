@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cpu import inverse_norm
+from .cpu import accumulation_dtype, inverse_norm
 from .kernels import bars as guessing
+from .kernels.panels import with_norms
 
 TILE = 512  # rows and columns of a product, always, so that BLAS sums all of them in the same order
 HEIGHT, WIDTH = 1024, 4096  # of a block: powers of two, at least TILE
@@ -39,15 +40,15 @@ def cosine_topk(
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.cosine_topk.cosine_topk`, for `queries [P, D]` and `keys [N, D]`; None: the queries, without self."""
-    if queries.dtype == torch.float64:
+    if queries.dtype == torch.float64 or not queries.is_cpu:
         return _by_sorting(queries, keys, k, workspace_bytes)
     table = queries if keys is None else keys
     values = queries.new_empty(queries.shape[0], k, dtype=torch.float32)
     ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
     if ids.numel() == 0:
         return values, ids
-    rnorm_keys = inverse_norm(table, torch.float32)
-    rnorm_queries = rnorm_keys if keys is None else inverse_norm(queries, torch.float32)
+    table, rnorm_keys = with_norms(table)
+    queries, rnorm_queries = (table, rnorm_keys) if keys is None else with_norms(queries)
     operands = queries, table, rnorm_queries, rnorm_keys
     bars = None if previous is None else guessing.remember(queries, table, previous)
     bars = _guess(*operands, k) if bars is None else bars
@@ -66,17 +67,26 @@ def cosine_topk(
     return values, ids
 
 
+def cast(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A table on the device and in the dtype of its products; rows are normalised before they lose precision."""
+    if dtype.itemsize < table.dtype.itemsize:
+        table = table * inverse_norm(table, accumulation_dtype(table.dtype)).unsqueeze(1)
+    return table.to(device, dtype)
+
+
 def _by_sorting(queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """In fp64, which no entry can hold: strips of the similarity, sorted whole."""
-    table = reference.normalize(queries if keys is None else keys)
-    values = queries.new_empty(queries.shape[0], k)
+    """Strips of the similarity, sorted whole: in fp64, which no entry can hold, and wherever this file's rest is not."""
+    dtype = accumulation_dtype(queries.dtype)
+    table = reference.normalize((queries if keys is None else keys).to(dtype))
+    values = queries.new_empty(queries.shape[0], k, dtype=dtype)
     ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
-    strip = max(2, workspace_bytes // (32 * len(table)))
-    for start in range(0, len(queries), strip):
-        rows = slice(max(min(start, len(queries) - strip), 0), start + strip)  # of one size, for one order of summing
-        similarity = reference.normalize(queries[rows]) @ table.mT
+    strip = min(len(queries), max(2, workspace_bytes // (32 * len(table))))
+    for start in range(0, len(queries), max(strip, 1)):
+        first = min(start, len(queries) - strip)  # strips of one size, for one order of summing
+        rows = slice(first, first + strip)
+        similarity = reference.normalize(queries[rows].to(dtype)) @ table.mT
         if keys is None:
-            similarity.diagonal(rows.start).fill_(-torch.inf)
+            similarity.diagonal(first).fill_(-torch.inf)
         best, order = similarity.sort(dim=1, descending=True, stable=True)
         values[rows], ids[rows] = best[:, :k], order[:, :k]
     return values, ids
@@ -116,8 +126,8 @@ class _Lists:
         here = slice(first, first + len(counts))
         starts = self.starts[here] + self.counts[here] + counts - counts.cumsum(0)
         places = starts.take(lists).add_(torch.arange(len(lists)))
-        self.values.put_(places, values)
-        self.ids.put_(places, ids.to(torch.int32))
+        self.values.view(-1).scatter_(0, places, values)
+        self.ids.view(-1).scatter_(0, places, ids.to(torch.int32))
         self.counts[here] += counts
 
     def entries(self, rows: slice | Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from . import ops, reference
 from .checks import (
@@ -67,7 +70,7 @@ def topk_cosine(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         flat_queries, flat_keys = queries.detach().flatten(1), keys.detach().flatten(1)
     check_device(queries, "queries", keys.device, "keys")
     check_count(k, "k", low=1, high=keys.shape[0], why=f"there are {keys.shape[0]} keys")
-    similarities, indices = ops.cosine_topk(flat_queries, flat_keys, k, False)
+    similarities, indices = ops.cosine_topk(flat_queries, flat_keys, k, None, None, None, None)
     return similarities, indices
 
 
@@ -76,27 +79,74 @@ def _layout(maps: Tensor) -> bool:
 
 
 @overload
-def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: Literal[False] = False) -> Tensor: ...
+def class_neighbors(
+    embeddings: Tensor,
+    k: int,
+    *,
+    return_similarities: Literal[False] = False,
+    previous: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    rescore: bool = False,
+    workspace_bytes: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | ops.Progress = False,
+) -> Tensor: ...
 @overload
-def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: Literal[True]) -> tuple[Tensor, Tensor]: ...
-def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def class_neighbors(
+    embeddings: Tensor,
+    k: int,
+    *,
+    return_similarities: Literal[True],
+    previous: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    rescore: bool = False,
+    workspace_bytes: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | ops.Progress = False,
+) -> tuple[Tensor, Tensor]: ...
+def class_neighbors(
+    embeddings: Tensor,
+    k: int,
+    *,
+    return_similarities: bool = False,
+    previous: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    rescore: bool = False,
+    workspace_bytes: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | ops.Progress = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Find the k nearest other classes of every class by cosine similarity (graph sampling, arXiv:2104.01546).
 
     A class is left out of its own list by id, so classes with coinciding embeddings are each other's neighbours.
     Exact; memory beyond the output is O(N k) and a bounded workspace, never `[N, N]`.
 
     Args:
-        embeddings: class table `[N, C, H, W]` or `[N, D]`, float16, bfloat16, float32 or float64.
+        embeddings: class table `[N, C, H, W]` or `[N, D]`, float16, bfloat16, float32 or float64. A table that does
+            not fit the device stays on the CPU, or in a memory-mapped file, and is streamed; see `device`.
         k: between 1 and N - 1.
         return_similarities: also return the similarities.
+        previous: int64 `[N, k]`, an earlier graph of the same classes. The result is the same; it is found sooner if
+            the neighbours have changed little.
+        dtype: what the products are taken in, the embeddings' dtype where None; sums are fp32 (fp64 for fp64).
+            float32 follows `torch.set_float32_matmul_precision`.
+        rescore: find somewhat more than k candidates, then rank them by similarities taken in fp32 from the
+            embeddings as given: what products in half precision cost in recall, almost always, comes back.
+        workspace_bytes: what may be held beyond O(N k), among it the pieces of a streamed table. By default 256 MB, or
+            half of the free memory of a GPU that a table is streamed to.
+        device: where to compute, and where the result is; the embeddings' device where None.
+        progress: True for a bar (tqdm), or a function that is called with what is done and what there is to do.
 
     Returns:
         int64 `[N, k]` class ids in falling similarity, equal similarities by rising id; with `return_similarities`,
         `(similarities, ids)`, the former fp32 (fp64 for fp64) `[N, k]`. Not differentiable.
 
     Raises:
-        TypeError: integer or complex embeddings, k not an int.
-        ValueError: another shape, k out of range, NaN or Inf in the table (naming the first such classes).
+        TypeError: integer or complex embeddings or dtype, k not an int, `previous` not int64.
+        ValueError: another shape, k or workspace_bytes out of range, NaN or Inf in the table (naming the first such
+            classes), float64 asked of narrower embeddings or the reverse.
+        IndexError: an id in `previous` outside `[0, N)`.
+        ImportError: a progress bar without tqdm.
 
     Example:
         >>> class_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).flatten().tolist()
@@ -105,10 +155,74 @@ def class_neighbors(embeddings: Tensor, k: int, *, return_similarities: bool = F
     flat = _embeddings(embeddings, "embeddings")
     classes = flat.shape[0]
     check_count(k, "k", low=1, high=classes - 1, why=f"each of {classes} classes has {classes - 1} others")
+    if workspace_bytes is not None:
+        check_count(workspace_bytes, "workspace_bytes", low=1, high=2**63 - 1, why="it bounds memory")
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
+    if dtype is not None and (dtype == torch.float64) != (flat.dtype == torch.float64):
+        raise ValueError(f"dtype: {dtype} products of {flat.dtype} embeddings; convert the embeddings first")
+    if previous is not None:
+        _check_previous(previous, classes, k)
     if not torch.compiler.is_compiling():
         check_finite_rows(flat, "embeddings")
-    similarities, indices = ops.cosine_topk(flat, flat, k, True)
+    target = flat.device if device is None else torch.empty(0, device=device).device
+    with _progress(progress):
+        if rescore:
+            wide = min(k + max(16, k // 4), classes - 1)
+            _, candidates = ops.cosine_topk(flat, None, wide, None, workspace_bytes, target, dtype)
+            similarities, indices = _rescored(flat, candidates, k)
+        else:
+            similarities, indices = ops.cosine_topk(flat, None, k, previous, workspace_bytes, target, dtype)
     return (similarities, indices) if return_similarities else indices
+
+
+def _check_previous(previous: Tensor, classes: int, k: int) -> None:
+    if not isinstance(previous, Tensor) or previous.dtype != torch.int64:
+        got = previous.dtype if isinstance(previous, Tensor) else type(previous).__name__
+        raise TypeError(f"previous: expected an int64 tensor [{classes}, {k}], got {got}")
+    if tuple(previous.shape) != (classes, k):
+        raise ValueError(f"previous: expected shape [{classes}, {k}], got {list(previous.shape)}")
+    if not torch.compiler.is_compiling():
+        check_index(previous, classes, "previous", "classes")
+
+
+@contextmanager
+def _progress(progress: bool | ops.Progress) -> Iterator[None]:
+    """Let the search tell `progress`, a function, or with True a bar."""
+    if progress is False:
+        yield
+        return
+    bar, told = None, progress
+    if progress is True:
+        from tqdm.auto import tqdm
+
+        bar = tqdm(desc="class graph", unit=" tiles", unit_scale=True)
+
+        def told(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+    token = ops.progress_of_search.set(told)
+    try:
+        yield
+    finally:
+        ops.progress_of_search.reset(token)
+        if bar is not None:
+            bar.close()
+
+
+def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of every row's `candidates [N, c]` by similarity in fp32 or better, equal ones by rising id."""
+    candidates = candidates.sort(dim=1).values
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    similarities = torch.empty(candidates.shape, dtype=dtype, device=candidates.device)
+    step = max(1, 2**22 // (table.shape[1] * candidates.shape[1]))
+    for start in range(0, len(table), step):
+        rows = slice(start, start + step)
+        near = table[candidates[rows].to(table.device)].to(dtype)
+        similarities[rows] = cosine_similarity(near, table[rows, None].to(dtype), dim=2)
+    best, order = similarities.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], candidates.gather(1, order[:, :k])
 
 
 def correlation_dtype(maps: Tensor) -> torch.dtype:

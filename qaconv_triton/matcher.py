@@ -88,6 +88,7 @@ class QAConv(nn.Module):
             layout = torch.contiguous_format if sparse_grad else torch.channels_last
             self.class_embed = nn.Parameter(table.to(memory_format=layout))
         self.register_buffer("class_neighbors", None, persistent=False)
+        self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
         self._kernel: Tensor | None = None
         self._warned_of_gallery_visibility = False
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
@@ -241,14 +242,23 @@ class QAConv(nn.Module):
         return torch.cat(scores)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def compute_class_neighbors(self) -> Tensor:
+    def compute_class_neighbors(self, *, progress: bool | ops.Progress = False) -> Tensor:
         """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
+
+        From the second time on, the graph before is where the search starts from.
+
+        Args:
+            progress: as of `functional.class_neighbors`.
 
         Raises:
             ValueError: no class table, `k_nearest` out of range, NaN or Inf in the table.
         """
-        self.class_neighbors = functional.class_neighbors(self._class_table(), self.k_nearest)
-        return self.class_neighbors
+        table, previous = self._class_table(), self._last_graph
+        if previous is not None and tuple(previous.shape) != (table.shape[0], self.k_nearest):
+            previous = None
+        neighbors = functional.class_neighbors(table, self.k_nearest, previous=previous, progress=progress)
+        self.class_neighbors = self._last_graph = neighbors
+        return neighbors
 
     def reset_class_neighbors(self) -> None:
         """Drop the class graph; the next class-path forward builds it anew."""
@@ -363,7 +373,8 @@ class QAConv(nn.Module):
             check_visibility(visibility, visibility_name, maps)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kernel": None}  # maps of one step, with its graph: neither copied nor pickled
+        # Maps of one step, with their graph, and a mere hint: neither copied nor pickled.
+        return {**self.__dict__, "_kernel": None, "_last_graph": None}
 
 
 def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:

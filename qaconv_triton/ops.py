@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -26,8 +27,8 @@ from .kernels.edges import Edges, inverse_list
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
 
-def uses_triton(tensor: Tensor) -> bool:
-    """Whether `tensor` is for the Triton kernels.
+def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of `dtype` on `device` are for the Triton kernels.
 
     Raises:
         ValueError: `QACONV_TRITON_BACKEND` is neither empty, "triton" nor "torch".
@@ -35,9 +36,9 @@ def uses_triton(tensor: Tensor) -> bool:
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced not in ("", "triton", "torch"):
         raise ValueError(f"{BACKEND_VARIABLE}: expected 'triton' or 'torch', got {forced!r}")
-    if tensor.dtype == torch.float64 or forced == "torch":
+    if dtype == torch.float64 or forced == "torch":
         return False
-    return forced == "triton" or (tensor.device.type == "cuda" and _has_triton())
+    return forced == "triton" or (device.type == "cuda" and _has_triton())
 
 
 @cache
@@ -87,7 +88,7 @@ def max_correlation(
         without `normalize_gallery`. Only pooled is differentiable, once.
     """
     forward = cpu.max_correlation
-    if uses_triton(probe):
+    if uses_triton(probe.device, probe.dtype):
         from .kernels import max_correlation as kernel
 
         forward = kernel.forward
@@ -140,7 +141,7 @@ def max_correlation_backward(
     grad = grad.contiguous()
     index = None if index is None else index.contiguous()
     with _as_given(probe):
-        if uses_triton(probe):
+        if uses_triton(probe.device, probe.dtype):
             from .kernels import max_correlation as kernel
 
             to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
@@ -211,25 +212,50 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
-def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """The k keys `[N, D]` of largest cosine for every query `[P, D]`; see `functional.topk_cosine`.
+Progress = Callable[[int, int], None]
+progress_of_search: ContextVar[Progress | None] = ContextVar("progress_of_search", default=None)
 
-    With `exclude_self` query i does not find key i.
+
+@torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
+def cosine_topk(
+    queries: Tensor,
+    keys: Tensor | None,
+    k: int,
+    previous: Tensor | None,
+    workspace_bytes: int | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """The k keys `[N, D]` of largest cosine for every query `[P, D]`; without keys, the other queries.
+
+    See `functional.class_neighbors` for what bounds and steers the search. `progress_of_search` is told how far it is:
+    an op takes no functions.
     """
-    queries, keys = queries.contiguous(), keys.contiguous()
-    with _as_given(queries):
-        if uses_triton(queries):
+    device, dtype = device or queries.device, dtype or queries.dtype
+    queries, keys = queries.contiguous(), None if keys is None else keys.contiguous()
+    progress = progress_of_search.get()
+    with _as_given(torch.empty(0, device=device)):
+        if uses_triton(device, dtype):
             from .kernels import cosine_topk as kernel
 
-            similarities, indices = kernel.cosine_topk(queries, None if exclude_self else keys, k)
-        else:
-            similarities, indices = cpu_topk.cosine_topk(queries, None if exclude_self else keys, k, None, config.WORKSPACE_BYTES, None)
-    return similarities, indices
+            return kernel.cosine_topk(queries, keys, k, previous, workspace_bytes, device, dtype, progress)
+        workspace_bytes = config.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+        queries, keys = (None if each is None else cpu_topk.cast(each, device, dtype) for each in (queries, keys))
+        return cpu_topk.cosine_topk(queries, keys, k, previous, workspace_bytes, progress)
 
 
 @cosine_topk.register_fake
-def _(queries: Tensor, keys: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], k)
-    dtype = cpu.accumulation_dtype(queries.dtype)
-    return queries.new_empty(shape, dtype=dtype), queries.new_empty(shape, dtype=torch.int64)
+def _(
+    queries: Tensor,
+    keys: Tensor | None,
+    k: int,
+    previous: Tensor | None,
+    workspace_bytes: int | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    shape, device = (queries.shape[0], k), device or queries.device
+    accumulated = cpu.accumulation_dtype(dtype or queries.dtype)
+    return queries.new_empty(shape, dtype=accumulated, device=device), queries.new_empty(
+        shape, dtype=torch.int64, device=device
+    )

@@ -12,8 +12,7 @@ from tolerances import TOLERANCES, assert_values
 from torch import Tensor
 from torch.nn import functional as F
 
-from qaconv_triton import cpu_topk, functional, ops, reference
-from qaconv_triton.kernels import config
+from qaconv_triton import functional, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,6 +58,13 @@ def check(
     assert same[bar_is_clear].all()
 
 
+def search(embeddings: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    """Within one table, with self or without."""
+    if exclude_self:
+        return functional.class_neighbors(embeddings, k, return_similarities=True)
+    return functional.topk_cosine(embeddings, embeddings, k)
+
+
 def table(count: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Embeddings of very different lengths, so that a dot product is no cosine."""
     lengths = 10 ** (2 * torch.rand(count, 1) - 1)
@@ -98,21 +104,20 @@ def test_fp64(count: int, dim: int, k: int, device: torch.device) -> None:
     check(embeddings[:7], embeddings, k, False, *functional.topk_cosine(embeddings[:7], embeddings, k))
 
 
-@pytest.mark.parametrize("exclude_self", [False, True])
-def test_more_keys_than_a_panel(exclude_self: bool, backend: str, device: torch.device) -> None:
-    """Keys beyond the first 4096 still find their way in, and later equals stay out."""
+def test_few_queries_among_many_keys(backend: str, device: torch.device) -> None:
+    """Keys far behind still find their way in, and later equals stay out."""
     keys = table(4096 + 4096 + 37, 7, device)
     queries = keys[:3].clone()
     best = [4100, 8190, 8228]  # close ones, far behind
     for row, (query, place) in enumerate(zip(queries, best, strict=True)):
         keys[place] = 3 * query + 0.2 * query.norm() * F.normalize(torch.randn(7, device=device), dim=0)
-        keys[4090 + row] = keys[8200 + row] = keys[4097 + row]  # exact duplicates across panels
-    values, indices = ops.cosine_topk(queries, keys, 6, exclude_self)
-    check(queries, keys, 6, exclude_self, values, indices)
-    assert indices[:, 0 if exclude_self else 1].tolist() == best
+        keys[4090 + row] = keys[8200 + row] = keys[4097 + row]  # exact duplicates, far apart
+    values, indices = functional.topk_cosine(queries, keys, 6)
+    check(queries, keys, 6, False, values, indices)
+    assert indices[:, 1].tolist() == best
 
 
-def test_order_across_panels_is_by_rising_id(backend: str, device: torch.device) -> None:
+def test_far_equals_are_ordered_by_rising_id(backend: str, device: torch.device) -> None:
     keys = torch.zeros(8300, 4, device=device)
     keys[:, 0] = 1
     places = torch.tensor([4095, 4096, 6000, 8192, 8299], device=device)
@@ -122,43 +127,10 @@ def test_order_across_panels_is_by_rising_id(backend: str, device: torch.device)
     assert indices[0].tolist() == [*places.tolist(), 0, 1, 2, 3]
 
 
-def test_k_beyond_a_panel(backend: str, device: torch.device) -> None:
+def test_k_beyond_what_a_kernel_selects_from(backend: str, device: torch.device) -> None:
     keys = table(4200, 7, device)
     values, indices = functional.topk_cosine(keys[:2], keys, 4150)
     check(keys[:2], keys, 4150, False, values, indices, decided=0.5)
-
-
-@pytest.mark.parametrize("exclude_self", [False, True])
-def test_strips_of_queries(
-    exclude_self: bool, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A workspace too small for all queries at once; self is still the right id in a later strip."""
-    monkeypatch.setattr(config, "WORKSPACE_BYTES", 1 if backend == "triton" else 4 * 10_000)
-    embeddings = table(530, 7, device)
-    check(embeddings, embeddings, 9, exclude_self, *ops.cosine_topk(embeddings, embeddings, 9, exclude_self))
-
-
-@pytest.mark.parametrize("entries", [1, 10, 100, 700, 75 * 75])
-@pytest.mark.parametrize("fewest_rows", [1, 16, 4096])
-def test_cpu_blocks(entries: int, fewest_rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the similarity is cut, and wherever a list is improved by the columns of a block."""
-    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    monkeypatch.setattr(config, "WORKSPACE_BYTES", 4 * entries)
-    monkeypatch.setattr(cpu_topk, "FEWEST_ROWS", fewest_rows)
-    monkeypatch.setattr(cpu_topk, "LISTS", 16)
-    embeddings = table(75, 9, device)
-    check(embeddings, embeddings, 7, True, *ops.cosine_topk(embeddings, embeddings, 7, True))
-    check(embeddings, embeddings, 2, True, *ops.cosine_topk(embeddings, embeddings, 2, True))
-    check(embeddings[:4], embeddings, 75, False, *ops.cosine_topk(embeddings[:4], embeddings, 75, False))
-
-
-@pytest.mark.parametrize("dim", [7, 300])
-def test_mirrored_blocks(dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to fill a block on the diagonal, over several blocks of a size that is chunked."""
-    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    monkeypatch.setattr(config, "WORKSPACE_BYTES", 4 * 900 * 1300)
-    embeddings = table(1300, dim, device)
-    check(embeddings, embeddings, 5, True, *ops.cosine_topk(embeddings, embeddings, 5, True))
 
 
 # --- ties and zeros
@@ -187,7 +159,7 @@ def test_duplicates(
     kinds = torch.randint(5, (count,), device=device)
     similarity = reference.normalize(vectors.double()) @ reference.normalize(vectors.double()).mT
     similarity = similarity.triu() + similarity.triu(1).mT
-    indices = ops.cosine_topk(vectors[kinds], vectors[kinds], k, exclude_self)[1]
+    indices = search(vectors[kinds], k, exclude_self)[1]
     assert indices.tolist() == neighbors_of_kinds(kinds, similarity, k, exclude_self)
 
 
@@ -255,7 +227,7 @@ def test_properties(drawn: tuple[int, int, int, int], data: st.DataObject, backe
     embeddings = values.float().to(device)
     exclude_self = data.draw(st.booleans())
     k = data.draw(st.integers(1, count - int(exclude_self)))
-    similarities, indices = ops.cosine_topk(embeddings, embeddings, k, exclude_self)
+    similarities, indices = search(embeddings, k, exclude_self)
     check(embeddings, embeddings, k, exclude_self, similarities, indices, decided=0.0)
 
 
@@ -337,9 +309,9 @@ def test_autocast_does_not_blur_the_graph(dtype: torch.dtype, backend: str, devi
 def test_repeats_are_bit_identical(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     embeddings = table(150, 33, device, dtype)
     embeddings[50:100] = embeddings[:50]
-    first = ops.cosine_topk(embeddings, embeddings, 30, True)
+    first = search(embeddings, 30, True)
     for _ in range(3):
-        assert all(map(torch.equal, first, ops.cosine_topk(embeddings, embeddings, 30, True)))
+        assert all(map(torch.equal, first, search(embeddings, 30, True)))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")  # the interpreter's numpy

@@ -162,12 +162,12 @@ def test_cosine_topk_op(backend: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(count, 7, generator=generator).to(DEVICE, dtype) for count in (4, 6))
     for arguments in (
-        (queries, keys, 2, False),
-        (keys, keys, 5, True),
-        (queries.T.contiguous().T, keys[::2], 3, False),
-        (queries[:0], keys, 1, False),
+        (queries, keys, 2),
+        (keys, None, 5),
+        (queries.T.contiguous().T, keys[::2], 3),
+        (queries[:0], keys, 1),
     ):
-        torch.library.opcheck(ops.cosine_topk, arguments)
+        torch.library.opcheck(ops.cosine_topk, (*arguments, None, None, None, None))
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
