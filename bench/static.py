@@ -195,7 +195,7 @@ def _tool(name: str) -> str:
 
 def report(case: Case, arch: int) -> Iterator[Report]:
     """Compile the kernels of a case for an NVIDIA `sm_<arch>` and read what came out."""
-    with mock.patch.object(config, "generation", lambda: arch):
+    with mock.patch.object(config, "generation", return_value=arch):
         recorders = record(case)
     for recorder in recorders:
         compiled = compile_for(recorder, GPUTarget("cuda", arch, 32))

@@ -10,10 +10,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 CANDIDATE_FLOPS = 2**14  # what it costs to append and select one candidate, in terms of the product
-GATHER = 8  # how much slower a product with gathered rows is than one of matrices
+GATHER = 128  # how much slower a product with gathered rows is than one of matrices
 TAIL = 8  # of a previous list's neighbours, the last ones
 STRIP = 2**19  # numbers to hold at a time
 
@@ -46,10 +45,11 @@ def remember(queries: Tensor, keys: Tensor, previous: Tensor) -> Tensor | None:
     if GATHER * 2 * dim * tail.shape[1] > _cheapest(num_keys, dim, k)[2] - k * CANDIDATE_FLOPS:
         return None
     step = max(1, STRIP // (tail.shape[1] * dim))
-    worst = [
-        F.cosine_similarity(keys[some].float(), rows.float().unsqueeze(1), dim=2).amin(1)  # [step, TAIL, D]
-        for some, rows in zip(tail.split(step), queries.split(step), strict=True)
-    ]
+    worst = []
+    for some, rows in zip(tail.split(step), queries.split(step), strict=True):
+        near, rows = keys[some].float(), rows.float().unsqueeze(2)  # [step, TAIL, D], [step, D, 1]
+        lengths = torch.linalg.vector_norm(near, dim=2) * torch.linalg.vector_norm(rows, dim=1)
+        worst.append((torch.bmm(near, rows).squeeze(2) / lengths).amin(1))
     return just_below(torch.cat(worst))
 
 
@@ -66,7 +66,7 @@ def _rank(num_keys: int, size: int, k: int) -> int:
 def _cheapest(num_keys: int, dim: int, k: int) -> tuple[int, float, float]:
     """The size of the sample that costs least, 0 for none; the candidates it leaves; what both cost, in flops."""
     seen = k * (1 + math.log(num_keys / k))
-    plans = [(0, seen, CANDIDATE_FLOPS * (seen + 512))]  # without a bar, lists fill up and are cut
+    plans = [(0, seen, CANDIDATE_FLOPS * seen)]
     size = 64
     while 4 * size <= num_keys:
         rank = _rank(num_keys, size, k)

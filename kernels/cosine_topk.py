@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import bars as guessing
 from . import config
-from .panels import Panels
+from .panels import Panel, Panels
 from .tiles import dot, sortable, unsortable
 
 EMPTY = tl.constexpr(-(2**63))  # below every entry
@@ -219,7 +219,7 @@ class Lists:
         if self.longest == 0:
             return
         count, room = self.entries.shape
-        size = triton.next_power_of_2(max(k, min(self.longest, room)))
+        size = triton.next_power_of_2(max(16, k, min(self.longest, room)))
         if size <= LONGEST:
             tiles, num_warps, num_stages = config.select(size)
             _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
@@ -404,7 +404,9 @@ def cosine_topk(
         again = torch.full((len(rows), k + (keys is None)), EMPTY.value, dtype=torch.int64, device=device)
         none = torch.full((len(rows),), EMPTY.value, device=device)
         _search(queries[rows.to(queries.device)], table, again.shape[1], again, none, workspace_bytes, dtype, None)
-        if keys is None:  # without themselves; where so many equals come first that they are not there, without the last
+        if (
+            keys is None
+        ):  # without themselves; where so many equals come first that they are not there, without the last
             kept = LAST_ID.value - (again & LAST_ID.value) != rows.unsqueeze(1)
             absent = kept.all(1).nonzero().flatten()
             kept[absent, again[absent].argmin(1)] = False

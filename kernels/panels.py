@@ -44,38 +44,39 @@ class Panels:
 
     def __init__(self, table: Tensor, size: int, device: torch.device, dtype: torch.dtype) -> None:
         self.table, self.size, self.device, self.dtype = table, size, device, dtype
-        self.starts = range(0, table.shape[0], size)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and table.device != device else None
 
     def walk(self, order: Iterable[int]) -> Iterator[Panel]:
         """The panels that start at the rows in `order`; the next one is on its way while one is in use."""
         if self.table.device == self.device:
-            yield from map(self._fetch, order)
+            for start in order:
+                yield self._panel(self.table[start : start + self.size].contiguous(), start)
             return
         with ThreadPoolExecutor(1) as worker:
             coming = None
             for start in itertools.chain(order, [None]):
                 ready, coming = coming, None if start is None else worker.submit(self._fetch, start)
                 if ready is not None:
-                    yield self._arrived(ready.result())
+                    yield self._arrived(*ready.result())
 
-    def _fetch(self, start: int) -> Panel:
+    def _fetch(self, start: int) -> tuple[Panel, torch.cuda.Event | None]:
         rows = self.table[start : start + self.size]
         if self.stream is None:
-            return self._panel(rows.to(self.device).contiguous(), start)
+            return self._panel(rows.to(self.device).contiguous(), start), None
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            return self._panel(rows.contiguous().pin_memory().to(self.device, non_blocking=True), start)
+            panel = self._panel(rows.contiguous().pin_memory().to(self.device, non_blocking=True), start)
+            return panel, self.stream.record_event()
+
+    def _arrived(self, panel: Panel, event: torch.cuda.Event | None) -> Panel:
+        if event is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(event)  # not for the stream: the next panel is on it already
+            panel.rows.record_stream(here)
+            panel.rnorm.record_stream(here)
+        return panel
 
     def _panel(self, rows: Tensor, start: int) -> Panel:
         rows, rnorm = with_norms(rows)
         if rows.dtype != self.dtype:  # normalised before they lose precision or leave the range
             rows, rnorm = with_norms((rows * rnorm.unsqueeze(1)).to(self.dtype))
         return Panel(rows, rnorm, start)
-
-    def _arrived(self, panel: Panel) -> Panel:
-        if self.stream is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_stream(self.stream)
-            panel.rows.record_stream(here)
-            panel.rnorm.record_stream(here)
-        return panel

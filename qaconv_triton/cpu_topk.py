@@ -75,7 +75,7 @@ def cast(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _by_sorting(queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """Strips of the similarity, sorted whole: in fp64, which no entry can hold, and wherever this file's rest is not."""
+    """Strips of the similarity, sorted whole: for fp64, which no entry can hold, and away from the CPU."""
     dtype = accumulation_dtype(queries.dtype)
     table = reference.normalize((queries if keys is None else keys).to(dtype))
     values = queries.new_empty(queries.shape[0], k, dtype=dtype)
@@ -107,7 +107,8 @@ def _guess(queries: Tensor, keys: Tensor, rnorm_queries: Tensor, rnorm_keys: Ten
         if 8 * rank < len(some):  # the best of the best of four: hardly lower, and a quarter to select from
             similarity = similarity.unflatten(1, (4, len(some) // 4)).amax(1)
         bars[rows] = similarity.topk(rank, dim=1, sorted=False).values.amin(1) * rnorm_queries[rows]
-    return guessing.just_below(bars)
+    guess: Tensor = guessing.just_below(bars)
+    return guess
 
 
 class _Lists:
@@ -159,7 +160,8 @@ class _Search:
         symmetric: bool,
         workspace_bytes: int,
     ) -> None:
-        self.unit = 8 * keys.numel() <= workspace_bytes
+        # A normalised copy, if the workspace has it, where that is less to scale than half of the similarity.
+        self.unit = 16 * keys.numel() <= workspace_bytes and 8 * keys.shape[1] < len(keys)
         if self.unit:
             keys = keys * rnorm_keys.unsqueeze(1)
             queries = keys if symmetric else queries * rnorm_queries.unsqueeze(1)
@@ -167,12 +169,13 @@ class _Search:
         self.k, self.own, self.symmetric = k, own, symmetric
         self.bars = torch.full((len(queries),), -torch.inf) if bars is None else bars
         # Rows of a power of two and what does not exist lower than every bar: no division, no edges below.
-        self.block = torch.full((min(HEIGHT, -(-len(queries) // GROUP) * GROUP), WIDTH), -torch.inf)
+        height, width = -(-len(queries) // GROUP) * GROUP, 1 << max(len(keys) - 1, 7).bit_length()
+        self.block = torch.full((min(HEIGHT, height), min(WIDTH, width)), -torch.inf)
         self.scale = torch.empty(self.block.shape)
         self.above = torch.empty(self.block.shape, dtype=torch.bool)
-        room = min(len(keys), max(2 * k + 256, min(4 * k + 256, workspace_bytes // (8 * len(keys)))))
-        self.found = _Lists(len(self.block), max(room, k))  # by the rows of a block
-        self.earlier = _Lists(len(queries), max(room, k)) if symmetric else None  # by the columns of earlier blocks
+        room = min(len(keys), k + 64 + int(1.3 * guessing.candidates(*keys.shape, k)))
+        self.found = _Lists(len(self.block), room)  # by the rows of a block
+        self.earlier = _Lists(len(queries), room) if symmetric else None  # by the columns of earlier blocks
 
     def run(self, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
         """Yield, for a range of queries after the other, their k best entries in falling order."""

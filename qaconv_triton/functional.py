@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal, overload
 
 import torch
@@ -192,23 +192,28 @@ def _progress(progress: bool | ops.Progress) -> Iterator[None]:
     if progress is False:
         yield
         return
-    bar, told = None, progress
-    if progress is True:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(desc="class graph", unit=" tiles", unit_scale=True)
-
-        def told(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-    token = ops.progress_of_search.set(told)
-    try:
+    with ExitStack() as stack:
+        told = _bar(stack) if progress is True else progress
+        token = ops.progress_of_search.set(told)
+        stack.callback(ops.progress_of_search.reset, token)
         yield
-    finally:
-        ops.progress_of_search.reset(token)
-        if bar is not None:
-            bar.close()
+
+
+def _bar(stack: ExitStack) -> ops.Progress:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress=True needs tqdm (pip install tqdm); a function of (done, total) does not"
+        ) from error
+
+    bar = stack.enter_context(tqdm(desc="class graph", unit=" tiles", unit_scale=True))
+
+    def tell(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return tell
 
 
 def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -238,10 +238,14 @@ def cosine_topk(
         if uses_triton(device, dtype):
             from .kernels import cosine_topk as kernel
 
-            return kernel.cosine_topk(queries, keys, k, previous, workspace_bytes, device, dtype, progress)
-        workspace_bytes = config.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-        queries, keys = (None if each is None else cpu_topk.cast(each, device, dtype) for each in (queries, keys))
-        return cpu_topk.cosine_topk(queries, keys, k, previous, workspace_bytes, progress)
+            found = kernel.cosine_topk(queries, keys, k, previous, workspace_bytes, device, dtype, progress)
+        else:
+            workspace_bytes = config.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
+            queries = cpu_topk.cast(queries, device, dtype)
+            keys = None if keys is None else cpu_topk.cast(keys, device, dtype)
+            found = cpu_topk.cosine_topk(queries, keys, k, previous, workspace_bytes, progress)
+    similarities, indices = found
+    return similarities, indices
 
 
 @cosine_topk.register_fake

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qaconv_triton import QAConv, cpu_topk, functional, ops, reference
 from qaconv_triton.kernels import bars, config
 from qaconv_triton.kernels import cosine_topk as kernel
+from qaconv_triton.kernels.panels import Panels
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -263,6 +264,24 @@ def test_memory_mapped_table(tmp_path: Path, backend: str, device: torch.device)
     values, indices = graph(mapped, 9, device=device, workspace_bytes=30_000)
     assert indices.device == values.device == device
     assert torch.equal(indices, graph(embeddings.to(device), 9)[1])
+
+
+def test_panels_are_fetched_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device by another name is another device: panels are copied to it, by another thread, while one is in use."""
+    values = torch.randn(10, 3)
+    values[4] = 0
+    fetched = []
+    panels = Panels(values, 4, torch.device("cpu", 0), torch.float32)
+    fetch = panels._fetch
+    monkeypatch.setattr(panels, "_fetch", lambda start: (fetched.append(start), fetch(start))[1])
+    order = [8, 0, 4, 0]
+    for count, (start, panel) in enumerate(zip(order, panels.walk(order), strict=True), 1):
+        assert panel.first == start
+        assert torch.equal(panel.rows, values[start : start + 4])
+        assert torch.allclose(panel.rnorm, (1 / panel.rows.norm(dim=1)).nan_to_num(posinf=0))
+        assert fetched[:count] == order[:count]
+        assert len(fetched) <= count + 1
+    assert fetched == order
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from qaconv_triton import QAConv, cpu, cpu_topk, functional
 from qaconv_triton import matcher as matcher_module
-from qaconv_triton.kernels import config
+from qaconv_triton.kernels import bars
 
 # --- the class graph --------------------------------------------------------------------------------------------------
 
@@ -412,7 +412,9 @@ def test_class_path_never_holds_all_similarities_or_correlations(
     monkeypatch: pytest.MonkeyPatch, largest: LargestTensor
 ) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 2**9)
-    monkeypatch.setattr(config, "WORKSPACE_BYTES", 4 * 2**14)
+    for name, size in (("TILE", 16), ("HEIGHT", 32), ("WIDTH", 64)):
+        monkeypatch.setattr(cpu_topk, name, size)
+    monkeypatch.setattr(bars, "STRIP", 2**13)
     few, many = class_path_peak(largest, 1000), class_path_peak(largest, 2000)
     assert many >= 2000 * 2 * 16  # the table's gradient: the mode does see things
     assert many < 2000 * 2000 // 10
