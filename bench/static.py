@@ -123,7 +123,7 @@ def cases() -> Iterator[Case]:
         lists.longest = length
 
         def select(lists=lists):  # type: ignore[no-untyped-def]
-            return lists.select(k)
+            return lists.cut(k)
 
         yield Case(f"selection K={k} of {length}", cosine_topk, select)
     for k_nearest in (20, 256):

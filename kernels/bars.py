@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import config
+
 CANDIDATE_FLOPS = 2**14  # what it costs to append and select one candidate, in terms of the product
 GATHER = 128  # how much slower a product with gathered rows is than one of matrices
 TAIL = 8  # of a previous list's neighbours, the last ones
@@ -35,22 +37,24 @@ def candidates(num_keys: int, dim: int, k: int) -> float:
     return _cheapest(num_keys, dim, k)[1]
 
 
-def remember(queries: Tensor, keys: Tensor, previous: Tensor) -> Tensor | None:
+def remember(queries: Tensor, keys: Tensor, previous: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Bars from the lists of an earlier search, `previous [P, k]`: the worst that the last of them are now.
 
-    None where that costs more than it saves.
+    Less what products in `dtype` may be off by: where nothing has moved, the worst is the k-th best itself. None where
+    all that costs more than it saves.
     """
     (num_keys, dim), k = keys.shape, previous.shape[1]
     tail = previous[:, -TAIL:].to(keys.device)
     if GATHER * 2 * dim * tail.shape[1] > _cheapest(num_keys, dim, k)[2] - k * CANDIDATE_FLOPS:
         return None
-    step = max(1, STRIP // (tail.shape[1] * dim))
+    slack = 2**-7 if dtype != keys.dtype or config.precision() == "tf32" else 1e-5
+    step = max(1, (2**7 if keys.is_cuda else 1) * STRIP // (tail.shape[1] * dim))
     worst = []
     for some, rows in zip(tail.split(step), queries.split(step), strict=True):
         near, rows = keys[some].float(), rows.float().unsqueeze(2)  # [step, TAIL, D], [step, D, 1]
         lengths = torch.linalg.vector_norm(near, dim=2) * torch.linalg.vector_norm(rows, dim=1)
         worst.append((torch.bmm(near, rows).squeeze(2) / lengths).amin(1))
-    return just_below(torch.cat(worst))
+    return just_below(torch.cat(worst) - slack)
 
 
 def just_below(bars: Tensor) -> Tensor:

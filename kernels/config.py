@@ -1,9 +1,8 @@
 """The only table of tile sizes, warps and stages.
 
-A shape class (location count, element size) picks a row; sizes that change from batch to batch (P, G, K, N) never do,
-and kernels are not specialised on them: a new batch size or K compiles nothing new. Tile letters as in README.md: BS
-and BR locations, BC channels,
-BM and BN items.
+A shape class (location count, element size) picks a row; sizes that change from batch to batch (P, G, N) never do, and
+kernels are not specialised on them: a new batch size compiles nothing new. Lists are selected from in powers of two.
+Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which few large programs are dear enough
 
-WORKSPACE_BYTES = 256 * 2**20  # of similarities or candidates that cosine top-k may hold at a time
+WORKSPACE_BYTES = 256 * 2**20  # of cosine top-k on the CPU, beyond O(N K)
 
 
 class Config(NamedTuple):
@@ -64,6 +63,11 @@ def generation() -> int:
     if torch.version.hip is not None:
         return 80
     return min(max(torch.cuda.get_device_capability()[0], 8), 10) * 10 if torch.cuda.is_available() else 90
+
+
+def workspace(device: torch.device) -> int:
+    """What a search may hold on `device` where the caller sets no bound, in bytes: half of a GPU's free memory."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else WORKSPACE_BYTES
 
 
 def _power_of_two(size: int, low: int, high: int) -> int:

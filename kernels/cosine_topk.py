@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import bars as guessing
 from . import config
-from .panels import Panel, Panels
+from .panels import PINNED_BYTES, Panel, Panels
 from .tiles import dot, sortable, unsortable
 
 EMPTY = tl.constexpr(-(2**63))  # below every entry
@@ -31,6 +31,7 @@ HIGHEST_ENTRY = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(2**32 - 1)
 FILL = 0.7  # of the room that is left: what a round is planned to take
 LONGEST = 4096  # of the lists that the kernel selects from; longer ones are for torch
+AT_ONCE = 2**25  # entries that torch selects from
 AGAIN = 4096  # rows whose bars were guessed wrong, to be searched for at a time
 Progress = Callable[[int, int], None]
 
@@ -43,7 +44,8 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
 @triton.jit
 def _append(p_lists, p_counts, b_bars, o_list, b_key, b_id, m_entry, room):
     """Append to the lists `o_list`, of a shape that broadcasts to that of `b_key`, what exceeds their bars."""
-    b_entry = (b_key.to(tl.int64) << 32) | (b_id.to(tl.int64) ^ LAST_ID)
+    # Ids count from one here, so that no entry is the largest integer.
+    b_entry = (b_key.to(tl.int64) << 32) | ((b_id.to(tl.int64) + 1) ^ LAST_ID)
     above = (b_entry > b_bars) & m_entry
     b_place = tl.atomic_add(p_counts + o_list + tl.zeros_like(b_key), 1, mask=above, sem="relaxed")
     tl.store(p_lists + o_list.to(tl.int64) * room + b_place, b_entry, mask=above & (b_place < room))
@@ -79,6 +81,7 @@ def _append_kernel(
     BD: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    tl.static_assert(BN % BM == 0)
     # GROUP row tiles and all their steps come first: neighbours in time share rows and columns in the cache.
     i_program = tl.program_id(0)
     first_m = i_program // (GROUP * steps) * GROUP
@@ -156,7 +159,7 @@ def _select_kernel(
     b_entry = tl.load(p_list + o_l[None, :], mask=m_entry, other=EMPTY)
     # Halve [low, high) until k entries reach low, or it holds one number only; fewer than k reach high.
     b_low = tl.full([BM], EMPTY, tl.int64)
-    b_high = tl.maximum(tl.max(b_entry, axis=1), EMPTY + 1) + 1
+    b_high = tl.max(b_entry, axis=1) + 1
     searching = m_row & (b_count > k)
     while tl.max(searching.to(tl.int32), axis=0) > 0:
         b_middle = (b_low & b_high) + ((b_low ^ b_high) >> 1)
@@ -202,7 +205,7 @@ def _order_kernel(
         b_place += tl.sum(b_larger.to(tl.int32), axis=2)
     o_out = o_row[:, None].to(tl.int64) * k + b_place
     tl.store(p_similarities + o_out, unsortable((b_entry >> 32).to(tl.int32)), mask=m_entry)
-    tl.store(p_ids + o_out, (b_entry & LAST_ID) ^ LAST_ID, mask=m_entry)
+    tl.store(p_ids + o_out, ((b_entry & LAST_ID) ^ LAST_ID) - 1, mask=m_entry)
 
 
 class Lists:
@@ -214,33 +217,43 @@ class Lists:
         self.bars = torch.empty(count, dtype=torch.int64, device=device)
         self.longest = 0
 
-    def select(self, k: int, settled: Tensor | None = None) -> None:
-        """Cut every list to its k best; where it was overfull, return to the `settled` counts with a higher bar."""
-        if self.longest == 0:
-            return
+    def cut(self, k: int) -> None:
+        """Keep the k best of every list, in no order; the last of them is the new bar."""
+        if self.longest:
+            self._select(k, None)
+            self.longest = min(self.longest, k)
+
+    def undo(self, k: int, settled: Tensor) -> None:
+        """Return to the `settled` counts, with bars just below the k-th best of what has been found since."""
+        self._select(k, settled)
+        self.longest = int(self.counts.max())
+
+    def _select(self, k: int, settled: Tensor | None) -> None:
         count, room = self.entries.shape
         size = triton.next_power_of_2(max(16, k, min(self.longest, room)))
-        if size <= LONGEST:
-            tiles, num_warps, num_stages = config.select(size)
-            _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
-                self.entries, self.counts, self.bars, self.counts if settled is None else settled, count, room, k,
-                REPLAY=settled is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
-            )  # fmt: skip
+        if size > LONGEST:
+            for start in range(0, count, max(1, AT_ONCE // size)):
+                self._select_with_torch(k, slice(start, start + max(1, AT_ONCE // size)), settled)
+            return
+        tiles, num_warps, num_stages = config.select(size)
+        _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
+            self.entries, self.counts, self.bars, self.counts if settled is None else settled, count, room, k,
+            REPLAY=settled is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+    def _select_with_torch(self, k: int, rows: slice, settled: Tensor | None) -> None:
+        places = torch.arange(min(self.longest, self.entries.shape[1]), device=self.entries.device)
+        is_empty = places >= self.counts[rows].unsqueeze(1)
+        entries = self.entries[rows, : len(places)].masked_fill(is_empty, EMPTY.value)
+        best = entries.topk(min(k, len(places)), dim=1).values
+        last = best[:, -1] if len(places) >= k else torch.full_like(best[:, 0], EMPTY.value)
+        if settled is None:
+            self.entries[rows, : best.shape[1]] = best
+            self.counts[rows] = self.counts[rows].clamp(max=k)
         else:
-            places = torch.arange(min(self.longest, room), device=self.entries.device)
-            entries = self.entries[:, : len(places)].masked_fill(places >= self.counts.unsqueeze(1), EMPTY.value)
-            if len(places) < k:
-                entries = torch.nn.functional.pad(entries, (0, k - len(places)), value=EMPTY.value)
-            best = entries.topk(k, dim=1).values
-            last = best[:, -1]  # EMPTY where there are fewer than k
-            if settled is None:
-                self.entries[:, :k] = best[:, :room]
-                self.counts.clamp_(max=k)
-            else:
-                last = torch.where(last == EMPTY.value, last, last - 1)
-                self.counts.copy_(settled)
-            self.bars = torch.maximum(self.bars, last)
-        self.longest = min(self.longest, k) if settled is None else int(self.counts.max())
+            last = torch.where(last == EMPTY.value, last, last - 1)
+            self.counts[rows] = settled[rows]
+        self.bars[rows] = torch.maximum(self.bars[rows], last)
 
 
 class Walk:
@@ -272,7 +285,9 @@ class Walk:
                 column_lists = self._lists(columns)
                 self.rounds(rows, columns, lists, column_lists)
                 self._keep(columns, column_lists)
+                del columns, column_lists  # before the next ones come
             self._keep(rows, lists)
+            del rows, lists
 
     def among(self, queries: Panels, keys: Panels) -> None:
         """Search for queries among keys."""
@@ -287,7 +302,9 @@ class Walk:
             lists = self._lists(rows)
             for columns in keys.walk(other_starts):
                 self.rounds(rows, columns, lists, None)
+                del columns
             self._keep(rows, lists)
+            del rows, lists
 
     def _lists(self, panel: Panel) -> Lists:
         """The lists of a panel's rows, with the best so far."""
@@ -301,7 +318,7 @@ class Walk:
 
     def _keep(self, panel: Panel, lists: Lists) -> None:
         here = slice(panel.first, panel.first + len(panel.rows))
-        lists.select(self.k)
+        lists.cut(self.k)
         kept = torch.arange(self.k, device=lists.counts.device) < lists.counts.unsqueeze(1)
         self.best[here] = torch.where(kept, lists.entries[:, : self.k], EMPTY.value)
         self.bars[here] = lists.bars
@@ -323,12 +340,12 @@ class Walk:
             longest = max(each.longest for each in lists)
             if longest + entries_a_step > self.room:
                 for each in lists:
-                    each.select(self.k)
+                    each.cut(self.k)
                 longest = max(each.longest for each in lists)
             certain = max(1, (self.room - longest) // entries_a_step)
             steps = min(max(planned, certain), last - step)
             settled = [each.counts.clone() for each in lists]
-            other = column_lists or row_lists
+            other = row_lists if column_lists is None else column_lists
             _append_kernel[(tiles_m * steps,)](
                 rows.rows, columns.rows, rows.rnorm, columns.rnorm,
                 row_lists.entries, row_lists.counts, row_lists.bars, other.entries, other.counts, other.bars,
@@ -341,8 +358,8 @@ class Walk:
             most = max(each.longest for each in lists)
             if most > self.room:
                 for each, counts in zip(lists, settled, strict=True):
-                    each.select(self.k, counts)
-                    each.select(self.k)
+                    each.undo(self.k, counts)
+                    each.cut(self.k)
                 planned = steps // 4
                 continue
             rate = max(most - longest, 1) / steps
@@ -350,7 +367,7 @@ class Walk:
             self._tell(tiles_m * steps)
             if most > self.k and most + rate * (last - step) > self.room:
                 for each in lists:
-                    each.select(self.k)
+                    each.cut(self.k)
                 rate, most = min(rate, 1.3 * self.k / step), self.k
             planned = int(FILL * (self.room - most) / rate)
 
@@ -390,7 +407,7 @@ def cosine_topk(
     if best.numel() == 0:
         return ordered(best)
     bars = torch.full((len(queries),), EMPTY.value, device=device)
-    guess = None if previous is None else guessing.remember(queries, table, previous)
+    guess = None if previous is None else guessing.remember(queries, table, previous, dtype)
     plan = guessing.sample(*table.shape, k)
     if guess is None and plan is not None:
         chosen, rank = plan
@@ -399,20 +416,23 @@ def cosine_topk(
     if guess is not None:
         bars = _pack(guess.to(device))
     _search(queries, keys, k, best, bars, workspace_bytes, dtype, progress)
+    # Guessed too high: once more among all, without a guess and with themselves.
     short = (best[:, -1] == EMPTY.value).nonzero().flatten()
-    for rows in short.split(AGAIN) if len(short) else ():  # guessed wrong: among all, themselves included
+    for start in range(0, len(short), AGAIN):
+        rows = short[start : start + AGAIN]
         again = torch.full((len(rows), k + (keys is None)), EMPTY.value, dtype=torch.int64, device=device)
         none = torch.full((len(rows),), EMPTY.value, device=device)
         _search(queries[rows.to(queries.device)], table, again.shape[1], again, none, workspace_bytes, dtype, None)
-        if (
-            keys is None
-        ):  # without themselves; where so many equals come first that they are not there, without the last
-            kept = LAST_ID.value - (again & LAST_ID.value) != rows.unsqueeze(1)
-            absent = kept.all(1).nonzero().flatten()
-            kept[absent, again[absent].argmin(1)] = False
-            again = again[kept].view(-1, k)
-        best[rows] = again
+        best[rows] = again if keys is not None else _without(rows, again)
     return ordered(best)
+
+
+def _without(ids: Tensor, entries: Tensor) -> Tensor:
+    """Drop each row's own entry; where so many equals come first that it is not there, the last one."""
+    kept = ((entries & LAST_ID.value) ^ LAST_ID.value) - 1 != ids.unsqueeze(1)
+    absent = kept.all(1).nonzero().flatten()
+    kept[absent, entries[absent].argmin(1)] = False
+    return entries[kept].view(len(entries), -1)
 
 
 def _search(
@@ -427,23 +447,41 @@ def _search(
 ) -> None:
     """Fill `best [P, k]` with the entries above `bars [P]`, as far as there are k; both are changed."""
     table = queries if keys is None else keys
-    (count, dim), device = table.shape, best.device
+    (num_keys, dim), device = table.shape, best.device
     tiling = config.cosine_topk(dim, dtype.itemsize)
     block = tiling.tiles["BN"]
-    room = max(k, min(count, max(int(1.3 * guessing.candidates(count, dim, k)), k + 4 * block)))
-    row_bytes = 3 * dim * dtype.itemsize if table.device != device or table.dtype != dtype else 0
-    if workspace_bytes is None:
-        free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else config.WORKSPACE_BYTES
-        workspace_bytes = free if row_bytes else max(config.WORKSPACE_BYTES, 8 * room * len(queries))
-    size = len(queries)
-    if row_bytes or 8 * room * size > workspace_bytes:
-        size = max(workspace_bytes // (16 * room + row_bytes) // block, 1) * block
+    room = max(k, min(num_keys, max(int(1.3 * guessing.candidates(num_keys, dim, k)), k + 4 * block)))
+    is_moved = table.device != device or table.dtype != dtype
+    size = _panel_size(len(queries), dim, block, room, workspace_bytes, table if is_moved else None, device, dtype)
     panels = Panels(queries, size, device, dtype)
     walk = Walk(k, room, tiling, best, bars, progress)
     if keys is None:
         walk.within(panels)
     else:
-        walk.among(panels, Panels(keys, size if row_bytes else count, device, dtype))
+        walk.among(panels, Panels(keys, size if is_moved else num_keys, device, dtype))
+
+
+def _panel_size(
+    count: int,
+    dim: int,
+    block: int,
+    room: int,
+    workspace_bytes: int | None,
+    moved: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """How many rows a panel may have: two panels' lists and, of a table that is `moved`, three panels, fit."""
+    if workspace_bytes is None:
+        workspace_bytes = config.workspace(device)
+    if moved is None and 8 * room * count <= workspace_bytes:
+        return count
+    row_bytes = 16 * room
+    most = count
+    if moved is not None:  # a third panel is on its way, as it was, normalised in fp32, and cast
+        row_bytes += dim * (3 * dtype.itemsize + moved.element_size() + 4)
+        most = PINNED_BYTES // (dim * moved.element_size())
+    return max(min(workspace_bytes // row_bytes, most) // block, 1) * block
 
 
 def _pack(similarity: Tensor) -> Tensor:

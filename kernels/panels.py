@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+PINNED_BYTES = 2**31  # of a panel in page-locked host memory
 TAME = 1e15  # norms between 1 / TAME and TAME can be multiplied in fp32
 
 
@@ -44,13 +45,13 @@ class Panels:
 
     def __init__(self, table: Tensor, size: int, device: torch.device, dtype: torch.dtype) -> None:
         self.table, self.size, self.device, self.dtype = table, size, device, dtype
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and table.device != device else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and table.is_cpu else None
 
     def walk(self, order: Iterable[int]) -> Iterator[Panel]:
         """The panels that start at the rows in `order`; the next one is on its way while one is in use."""
-        if self.table.device == self.device:
+        if not self.table.is_cpu or self.table.device == self.device:
             for start in order:
-                yield self._panel(self.table[start : start + self.size].contiguous(), start)
+                yield self._panel(self.table[start : start + self.size].to(self.device).contiguous(), start)
             return
         with ThreadPoolExecutor(1) as worker:
             coming = None

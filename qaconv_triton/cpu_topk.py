@@ -41,7 +41,7 @@ def cosine_topk(
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.cosine_topk.cosine_topk`, for `queries [P, D]` and `keys [N, D]`; None: the queries, without self."""
     if queries.dtype == torch.float64 or not queries.is_cpu:
-        return _by_sorting(queries, keys, k, workspace_bytes)
+        return _by_sorting(queries, keys, k, workspace_bytes, progress)
     table = queries if keys is None else keys
     values = queries.new_empty(queries.shape[0], k, dtype=torch.float32)
     ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
@@ -50,7 +50,7 @@ def cosine_topk(
     table, rnorm_keys = with_norms(table)
     queries, rnorm_queries = (table, rnorm_keys) if keys is None else with_norms(queries)
     operands = queries, table, rnorm_queries, rnorm_keys
-    bars = None if previous is None else guessing.remember(queries, table, previous)
+    bars = None if previous is None else guessing.remember(queries, table, previous, queries.dtype)
     bars = _guess(*operands, k) if bars is None else bars
     own = torch.arange(len(queries)) if keys is None else None
     search = _Search(*operands, k, bars, own, symmetric=keys is None, workspace_bytes=workspace_bytes)
@@ -74,7 +74,9 @@ def cast(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return table.to(device, dtype)
 
 
-def _by_sorting(queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+def _by_sorting(
+    queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int, progress: Progress | None
+) -> tuple[Tensor, Tensor]:
     """Strips of the similarity, sorted whole: for fp64, which no entry can hold, and away from the CPU."""
     dtype = accumulation_dtype(queries.dtype)
     table = reference.normalize((queries if keys is None else keys).to(dtype))
@@ -89,6 +91,8 @@ def _by_sorting(queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: i
             similarity.diagonal(first).fill_(-torch.inf)
         best, order = similarity.sort(dim=1, descending=True, stable=True)
         values[rows], ids[rows] = best[:, :k], order[:, :k]
+        if progress is not None:
+            progress(min(start + strip, len(queries)), len(queries))
     return values, ids
 
 

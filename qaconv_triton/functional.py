@@ -8,7 +8,6 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from . import ops, reference
 from .checks import (
@@ -20,6 +19,7 @@ from .checks import (
     check_visibility,
     values_may_be_read,
 )
+from .kernels.panels import with_norms
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -126,14 +126,14 @@ def class_neighbors(
             not fit the device stays on the CPU, or in a memory-mapped file, and is streamed; see `device`.
         k: between 1 and N - 1.
         return_similarities: also return the similarities.
-        previous: int64 `[N, k]`, an earlier graph of the same classes. The result is the same; it is found sooner if
-            the neighbours have changed little.
+        previous: int64 `[N, k]`, an earlier graph of the same classes. The neighbours are the same, and found sooner if
+            they have changed little. Not used with `rescore`.
         dtype: what the products are taken in, the embeddings' dtype where None; sums are fp32 (fp64 for fp64).
             float32 follows `torch.set_float32_matmul_precision`.
         rescore: find somewhat more than k candidates, then rank them by similarities taken in fp32 from the
             embeddings as given: what products in half precision cost in recall, almost always, comes back.
-        workspace_bytes: what may be held beyond O(N k), among it the pieces of a streamed table. By default 256 MB, or
-            half of the free memory of a GPU that a table is streamed to.
+        workspace_bytes: what may be held beyond O(N k), among it the pieces of a streamed table and, on a GPU, the
+            lists of candidates. By default half of a GPU's free memory, 256 MB on the CPU.
         device: where to compute, and where the result is; the embeddings' device where None.
         progress: True for a bar (tqdm), or a function that is called with what is done and what there is to do.
 
@@ -167,7 +167,7 @@ def class_neighbors(
         check_finite_rows(flat, "embeddings")
     target = flat.device if device is None else torch.empty(0, device=device).device
     with _progress(progress):
-        if rescore:
+        if rescore and flat.dtype != torch.float64:
             wide = min(k + max(16, k // 4), classes - 1)
             _, candidates = ops.cosine_topk(flat, None, wide, None, workspace_bytes, target, dtype)
             similarities, indices = _rescored(flat, candidates, k)
@@ -217,15 +217,16 @@ def _bar(stack: ExitStack) -> ops.Progress:
 
 
 def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of every row's `candidates [N, c]` by similarity in fp32 or better, equal ones by rising id."""
+    """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by rising id."""
     candidates = candidates.sort(dim=1).values
-    dtype = torch.promote_types(table.dtype, torch.float32)
-    similarities = torch.empty(candidates.shape, dtype=dtype, device=candidates.device)
-    step = max(1, 2**22 // (table.shape[1] * candidates.shape[1]))
+    similarities = torch.empty(candidates.shape, device=candidates.device)
+    table, rnorm = with_norms(table)
+    step = max(1, (2**28 if candidates.is_cuda else 2**22) // (table.shape[1] * candidates.shape[1]))
     for start in range(0, len(table), step):
-        rows = slice(start, start + step)
-        near = table[candidates[rows].to(table.device)].to(dtype)
-        similarities[rows] = cosine_similarity(near, table[rows, None].to(dtype), dim=2)
+        rows, near = slice(start, start + step), candidates[start : start + step].to(table.device)
+        gathered, queries = (values.to(candidates.device).float() for values in (table[near], table[rows]))
+        scale = (rnorm[near] * rnorm[rows, None]).to(candidates.device)
+        similarities[rows] = torch.bmm(gathered, queries.unsqueeze(2)).squeeze(2) * scale
     best, order = similarities.sort(dim=1, descending=True, stable=True)
     return best[:, :k], candidates.gather(1, order[:, :k])
 

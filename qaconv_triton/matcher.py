@@ -288,6 +288,7 @@ class QAConv(nn.Module):
         if self.class_embed is not None:
             nn.init.normal_(self.class_embed, std=self.num_features**-0.5)
         self.reset_class_neighbors()
+        self._last_graph = None
 
     def clone(self) -> QAConv:
         """Return an independent copy: parameters, statistics, mode, device and class graph."""
@@ -387,3 +388,4 @@ def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     convert_shared_fc(state_dict, prefix, module.height * module.width)
     if prefix + "class_embed" in state_dict:
         module.reset_class_neighbors()
+        module._last_graph = None

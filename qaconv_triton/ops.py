@@ -231,7 +231,8 @@ def cosine_topk(
     See `functional.class_neighbors` for what bounds and steers the search. `progress_of_search` is told how far it is:
     an op takes no functions.
     """
-    device, dtype = device or queries.device, dtype or queries.dtype
+    device = queries.device if device is None else torch.empty(0, device=device).device
+    dtype = dtype or queries.dtype
     queries, keys = queries.contiguous(), None if keys is None else keys.contiguous()
     progress = progress_of_search.get()
     with _as_given(torch.empty(0, device=device)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ def test_any_guess_gives_the_same_graph(
     embeddings = order(name, 300, device)
     truth = expected(embeddings, 20)[1]
     guess = torch.full((300,), height, device=device)
-    monkeypatch.setattr(bars, "remember", lambda queries, keys, previous: guess[: len(queries)])
+    monkeypatch.setattr(bars, "remember", lambda queries, keys, previous, dtype: guess[: len(queries)])
     values, indices = graph(embeddings, 20, previous=truth)
     if name == "duplicates":
         assert torch.equal(indices, truth)
@@ -221,21 +222,18 @@ def test_workspace_bounds_change_nothing(workspace: int, k: int, backend: str, d
 
 def test_small_workspace_means_small_panels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
-    held, most = [], [0]
-    made, kept = kernel.Walk._lists, kernel.Walk._keep
+    made: list[weakref.ref[kernel.Lists]] = []
+    most = [0]
+    make = kernel.Walk._lists
 
-    def make(self: kernel.Walk, panel: object) -> kernel.Lists:
-        lists = made(self, panel)  # type: ignore[arg-type]
-        held.append(8 * lists.entries.numel())
-        most[0] = max(most[0], sum(held))
+    def spied(self: kernel.Walk, panel: object) -> kernel.Lists:
+        lists = make(self, panel)  # type: ignore[arg-type]
+        made.append(weakref.ref(lists))
+        alive = [each for each in (reference() for reference in made) if each is not None]
+        most[0] = max(most[0], sum(8 * each.entries.numel() for each in alive))
         return lists
 
-    def keep(self: kernel.Walk, panel: object, lists: kernel.Lists) -> None:
-        held.remove(8 * lists.entries.numel())
-        kept(self, panel, lists)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(kernel.Walk, "_lists", make)
-    monkeypatch.setattr(kernel.Walk, "_keep", keep)
+    monkeypatch.setattr(kernel.Walk, "_lists", spied)
     embeddings = table(600, 7, device)
     cold = graph(embeddings, 9)
     workspace = 2**19
@@ -360,3 +358,53 @@ def test_errors_restate_what_came_in(options: dict[str, object], error: type[Exc
     with pytest.raises(error) as caught:
         graph(torch.eye(5), 2, **options)
     assert all(part in str(caught.value) for part in says), str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1e25])
+def test_rescoring_minds_no_length(scale: float, backend: str, device: torch.device) -> None:
+    embeddings = torch.randn(120, 16, device=device)
+    truth = graph(embeddings, 9)[1]
+    embeddings[::2] *= scale
+    assert torch.equal(graph(embeddings, 9, rescore=True)[1], truth)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")  # the interpreter's numpy
+@pytest.mark.parametrize("place", [0, 1, 149])
+def test_nan_among_more_keys_than_are_kept(place: int, backend: str, device: torch.device) -> None:
+    """A key of NaN is first everywhere and costs each query one place; a query of NaN gets the first ids."""
+    keys = torch.randn(150, 8, device=device)
+    queries = torch.randn(20, 8, device=device)
+    queries[3] = torch.nan
+    truth = functional.topk_cosine(queries.nan_to_num(), keys, 150)[1]
+    keys[place] = torch.nan
+    indices = functional.topk_cosine(queries, keys, 5)[1]
+    others = torch.arange(20, device=device) != 3
+    rest = truth[truth != place].view(20, 149)[:, :4]
+    assert (indices[others, 0] == place).all()
+    assert torch.equal(indices[others, 1:], rest[others])
+    assert indices[3].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unmoved_rows_are_not_searched_for_again(
+    dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bar is their k-th similarity, which another order of summing rounds otherwise."""
+    again = []
+    search, pass_over = kernel._search, cpu_topk._Search.__init__
+
+    def spied(queries: Tensor, keys: Tensor | None, *rest: object) -> None:
+        again.append(keys is not None)
+        search(queries, keys, *rest)  # type: ignore[arg-type]
+
+    def started(self: object, *operands: object, **options: object) -> None:
+        again.append(not (operands[7] if len(operands) > 7 else options["symmetric"]))
+        pass_over(self, *operands, **options)  # type: ignore[arg-type]
+
+    embeddings = table(200, 64, device)
+    previous = graph(embeddings, 12, dtype=dtype)[1]
+    monkeypatch.setattr(kernel, "_search", spied)
+    monkeypatch.setattr(cpu_topk._Search, "__init__", started)
+    monkeypatch.setattr(bars, "GATHER", 0)  # whatever it costs
+    assert torch.equal(graph(embeddings, 12, dtype=dtype, previous=previous)[1], previous)
+    assert again == [False]
