@@ -16,14 +16,14 @@ from . import config
 CANDIDATE_FLOPS = 2**14  # what it costs to append and select one candidate, in terms of the product
 GATHER = 128  # how much slower a product with gathered rows is than one of matrices
 TAIL = 8  # of a previous list's neighbours, the last ones
-STRIP = 2**19  # numbers to hold at a time
+STRIP = 2**20  # numbers to hold at a time
 
 
 def sample(num_keys: int, dim: int, k: int) -> tuple[slice, int] | None:
     """A strided sample of the keys, and the rank in it that the k-th best key of all will hardly fall short of.
 
-    The rank is three standard deviations beyond what is expected of the k-th best: keys in any order, clusters of
-    neighbouring ids included, have a fair sample. None where it costs more than it saves.
+    The rank is two and a half standard deviations beyond what is expected of the k-th best: keys in any order, clusters
+    of neighbouring ids included, have a fair sample. None where it costs more than it saves.
     """
     size = _cheapest(num_keys, dim, k)[0]
     if size == 0:
@@ -64,7 +64,7 @@ def just_below(bars: Tensor) -> Tensor:
 
 def _rank(num_keys: int, size: int, k: int) -> int:
     expected = k * size / num_keys
-    return int(expected + 3 * expected**0.5 + 3)
+    return int(expected + 2.5 * expected**0.5 + 2)
 
 
 def _cheapest(num_keys: int, dim: int, k: int) -> tuple[int, float, float]:

@@ -25,7 +25,7 @@ from .kernels.panels import with_norms
 TILE = 512  # rows and columns of a product, always, so that BLAS sums all of them in the same order
 HEIGHT, WIDTH = 1024, 4096  # of a block: powers of two, at least TILE
 GROUP = 8  # rows whose maximum is compared first, when columns are looked at
-CUT = 64  # lists that are cut at a time
+CUT = 256  # lists that are cut at a time
 EMPTY = torch.iinfo(torch.int64).min  # below every entry
 ID_MASK = 2**32 - 1
 Progress = Callable[[int, int], None]
