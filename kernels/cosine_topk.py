@@ -14,8 +14,6 @@ pieces, with the bars that it taught; a list that ends short of k was guessed wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from . import bars as guessing
 from . import config
-from .panels import PINNED_BYTES, Panel, Panels
+from .panels import PINNED_BYTES, Panel, Panels, Progress
 from .tiles import dot, sortable, unsortable
 
 EMPTY = tl.constexpr(-(2**63))  # below every entry
@@ -33,7 +31,6 @@ FILL = 0.7  # of the room that is left: what a round is planned to take
 LONGEST = 4096  # of the lists that the kernel selects from; longer ones are for torch
 AT_ONCE = 2**25  # entries that torch selects from
 AGAIN = 4096  # rows whose bars were guessed wrong, to be searched for at a time
-Progress = Callable[[int, int], None]
 
 
 @triton.jit
@@ -408,8 +405,7 @@ def cosine_topk(
         return ordered(best)
     bars = torch.full((len(queries),), EMPTY.value, device=device)
     guess = None if previous is None else guessing.remember(queries, table, previous, dtype)
-    plan = guessing.sample(*table.shape, k)
-    if guess is None and plan is not None:
+    if guess is None and (plan := guessing.sample(*table.shape, k)) is not None:
         chosen, rank = plan
         guess = cosine_topk(queries, table[chosen], rank, None, workspace_bytes, device, dtype)[0][:, -1]
         guess = guessing.just_below(guess)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PINNED_BYTES = 2**31  # of a panel in page-locked host memory
+Progress = Callable[[int, int], None]  # is told what is done of a search, and what there is to do
 TAME = 1e15  # norms between 1 / TAME and TAME can be multiplied in fp32
 
 
@@ -35,6 +36,14 @@ def with_norms(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows[wild] = (rows[wild].float() * torch.exp2(-exponent).unsqueeze(1)).to(rows.dtype)
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
     return rows, torch.where(norm == 0, 0.0, norm.reciprocal())
+
+
+def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in the dtype of their products, normalised before they lose precision or leave its range."""
+    if rows.dtype == dtype:
+        return rows
+    rows, rnorm = with_norms(rows)
+    return (rows * rnorm.unsqueeze(1)).to(dtype)
 
 
 class Panels:
@@ -77,7 +86,4 @@ class Panels:
         return panel
 
     def _panel(self, rows: Tensor, start: int) -> Panel:
-        rows, rnorm = with_norms(rows)
-        if rows.dtype != self.dtype:  # normalised before they lose precision or leave the range
-            rows, rnorm = with_norms((rows * rnorm.unsqueeze(1)).to(self.dtype))
-        return Panel(rows, rnorm, start)
+        return Panel(*with_norms(cast(rows, self.dtype)), start)

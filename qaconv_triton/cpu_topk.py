@@ -12,23 +12,22 @@ equals a bar that was set by a cut has lost its tie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .cpu import accumulation_dtype, inverse_norm
+from .cpu import accumulation_dtype
 from .kernels import bars as guessing
-from .kernels.panels import with_norms
+from .kernels.panels import Progress, with_norms
 
 TILE = 512  # rows and columns of a product, always, so that BLAS sums all of them in the same order
-HEIGHT, WIDTH = 1024, 4096  # of a block: powers of two, at least TILE
-GROUP = 8  # rows whose maximum is compared first, when columns are looked at
+HEIGHT, WIDTH = 1024, 2048  # of a block: powers of two, at least TILE
+GROUP = 4  # rows whose maximum is compared first, when columns are looked at
 CUT = 256  # lists that are cut at a time
 EMPTY = torch.iinfo(torch.int64).min  # below every entry
 ID_MASK = 2**32 - 1
-Progress = Callable[[int, int], None]
 
 
 def cosine_topk(
@@ -65,13 +64,6 @@ def cosine_topk(
         for part, best in again.run(None):
             values[rows[part]], ids[rows[part]] = _unpack(best)
     return values, ids
-
-
-def cast(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A table on the device and in the dtype of its products; rows are normalised before they lose precision."""
-    if dtype.itemsize < table.dtype.itemsize:
-        table = table * inverse_norm(table, accumulation_dtype(table.dtype)).unsqueeze(1)
-    return table.to(device, dtype)
 
 
 def _by_sorting(

@@ -19,7 +19,7 @@ from .checks import (
     check_visibility,
     values_may_be_read,
 )
-from .kernels.panels import with_norms
+from .kernels.panels import Progress, with_norms
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,7 +89,7 @@ def class_neighbors(
     rescore: bool = False,
     workspace_bytes: int | None = None,
     device: torch.device | str | None = None,
-    progress: bool | ops.Progress = False,
+    progress: bool | Progress = False,
 ) -> Tensor: ...
 @overload
 def class_neighbors(
@@ -102,7 +102,7 @@ def class_neighbors(
     rescore: bool = False,
     workspace_bytes: int | None = None,
     device: torch.device | str | None = None,
-    progress: bool | ops.Progress = False,
+    progress: bool | Progress = False,
 ) -> tuple[Tensor, Tensor]: ...
 def class_neighbors(
     embeddings: Tensor,
@@ -114,7 +114,7 @@ def class_neighbors(
     rescore: bool = False,
     workspace_bytes: int | None = None,
     device: torch.device | str | None = None,
-    progress: bool | ops.Progress = False,
+    progress: bool | Progress = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Find the k nearest other classes of every class by cosine similarity (graph sampling, arXiv:2104.01546).
 
@@ -187,7 +187,7 @@ def _check_previous(previous: Tensor, classes: int, k: int) -> None:
 
 
 @contextmanager
-def _progress(progress: bool | ops.Progress) -> Iterator[None]:
+def _progress(progress: bool | Progress) -> Iterator[None]:
     """Let the search tell `progress`, a function, or with True a bar."""
     if progress is False:
         yield
@@ -199,7 +199,7 @@ def _progress(progress: bool | ops.Progress) -> Iterator[None]:
         yield
 
 
-def _bar(stack: ExitStack) -> ops.Progress:
+def _bar(stack: ExitStack) -> Progress:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import functional, ops
 from .checkpoint import convert_shared_fc
 from .checks import check_count, check_device, check_labels, check_maps, check_visibility, values_may_be_read
+from .kernels.panels import Progress
 from .scores import ClassScores, check_pairs, pair_scores
 
 POOLED_BYTES = 128 * 2**20  # of pooled values at a time where nothing needs them later
@@ -242,7 +243,7 @@ class QAConv(nn.Module):
         return torch.cat(scores)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def compute_class_neighbors(self, *, progress: bool | ops.Progress = False) -> Tensor:
+    def compute_class_neighbors(self, *, progress: bool | Progress = False) -> Tensor:
         """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
 
         From the second time on, the graph before is where the search starts from.

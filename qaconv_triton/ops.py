@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -23,6 +23,7 @@ from torch import Tensor
 from . import cpu, cpu_topk
 from .kernels import config
 from .kernels.edges import Edges, inverse_list
+from .kernels.panels import Progress, cast
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
@@ -212,7 +213,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-Progress = Callable[[int, int], None]
 progress_of_search: ContextVar[Progress | None] = ContextVar("progress_of_search", default=None)
 
 
@@ -242,8 +242,8 @@ def cosine_topk(
             found = kernel.cosine_topk(queries, keys, k, previous, workspace_bytes, device, dtype, progress)
         else:
             workspace_bytes = config.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-            queries = cpu_topk.cast(queries, device, dtype)
-            keys = None if keys is None else cpu_topk.cast(keys, device, dtype)
+            queries = cast(queries.to(device), dtype)
+            keys = None if keys is None else cast(keys.to(device), dtype)
             found = cpu_topk.cosine_topk(queries, keys, k, previous, workspace_bytes, progress)
     similarities, indices = found
     return similarities, indices
