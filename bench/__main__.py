@@ -1,7 +1,8 @@
 """Measure the library's operations beside their alternatives, print a table per case, and keep the rows as CSV.
 
 python -m bench                     every op at every case of the device
-python -m bench graph --tiny        one op, small
+python -m bench graph --tiny        one op, small: graph (the class graph), classes (the class path), pairs (all pairs)
+python -m bench classes --parts forward step
 python -m bench static --arch 90    what the compiler makes of the kernels (bench.static)
 """
 
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from . import measure
+from . import table
 
-OPS = {"graph": "bench.graph"}  # each has run(arguments) -> the rows of one case after the other
+# each has run(arguments) -> the rows of one case after the other, of the op that the arguments name
+OPS = {"graph": "bench.graph", "classes": "bench.scores", "pairs": "bench.scores"}
+PARTS = ("forward", "backward", "step", "match")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -27,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("op", nargs="?", choices=[*OPS, "static"], help="all but static where left out")
     options.add_argument("--cases", nargs="+", type=_case, metavar="SIZE", help="sizes joined by x, as in the results")
+    options.add_argument("--parts", nargs="+", choices=PARTS, help="of classes and pairs; all of a case where left out")
     options.add_argument("--providers", nargs="+", metavar="NAME", help="those with one of these in their names")
     options.add_argument("--repeats", type=_positive, help="rounds; by default each case has its number")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tiny", action="store_true", help="one small case, to see that everything runs")
     options.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
     options.add_argument("--no-save", dest="save", action="store_false", help="write no CSV")
-    options.add_argument("--output", type=Path, default=measure.RESULTS, help="directory of the CSV files")
+    options.add_argument("--output", type=Path, default=table.RESULTS, help="directory of the CSV files")
     return options
 
 
@@ -62,11 +66,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(given)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.cases and not options.op:
+        parser().error("--cases are those of an op: name one")
     for op in [options.op] if options.op else OPS:
+        options.op = op
         for found in importlib.import_module(OPS[op]).run(options):
-            print(measure.markdown(found), end="\n\n", flush=True)
+            print(table.markdown(found), end="\n\n", flush=True)
             if options.save:
-                measure.save(found, options.output)
+                table.save(found, options.output)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from qaconv_triton import functional
 from qaconv_triton.kernels import config
 
 from . import measure
+from .table import Row
 
 OURS = "qaconv_triton"
 SAMPLE = 256  # rows whose neighbours are checked
@@ -220,7 +221,7 @@ def providers(case: Case, values: Tensor, wanted: tuple[str, ...] = ()) -> Itera
     for name, method in methods(case, values.device).items():
         if (case.only and name not in case.only) or (wanted and not any(part in name for part in wanted)):
             continue
-        function = method.make(case, values)
+        function = measure.attempt(partial(method.make, case, values))
         peak: Callable[[], int | None] | None = partial(measure.resident_peak, partial(_calls, case, name))
         if values.is_cuda:
             peak = None if name == "faiss gpu" else partial(measure.device_peak, function, values.device)
@@ -342,7 +343,7 @@ def _without_self(similarities: Tensor | None, ids: Tensor) -> Graph:
     return None if similarities is None else similarities[keep].view(shape), ids[keep].view(shape)
 
 
-def run(arguments: Namespace) -> Iterator[list[measure.Row]]:
+def run(arguments: Namespace) -> Iterator[list[Row]]:
     """Measure what the command line asks for, and hand out the rows of one case at a time."""
     device = torch.device(arguments.device)
     for case in _chosen(arguments, device):
@@ -363,10 +364,10 @@ def _named(name: str, known: list[Case]) -> list[Case]:
     sizes = [int(size) for size in name.split("x")]
     if len(sizes) != 3 or not 0 < sizes[2] < sizes[0] or sizes[1] < 1:
         raise ValueError(f"graph: expected a case NxDxK of N classes, D numbers each, K < N neighbours, got {name!r}")
-    return [case for case in known if case.name == name] or [Case(*sizes)]
+    return [case for case in known if case.name == name] or [Case(sizes[0], sizes[1], sizes[2])]
 
 
-def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[measure.Row]:
+def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[Row]:
     values = table(case, device)
     return measure.rows(
         "graph",

@@ -1,11 +1,10 @@
-"""Times, peak memory, ceilings and their table, the same way for every op; what fails its check has no number.
+"""Times, peak memory and ceilings, the same way for every op; what fails its check has no number.
 
 An op's module describes its candidates as `Provider`s; `rows` checks them, times them in turn, and accounts for them.
 """
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import multiprocessing
@@ -14,10 +13,10 @@ import re
 import statistics
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from .table import Row
+
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: what a call reads comes from memory
 MATMUL_SIZE = {"cpu": 1536, "cuda": 4096}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -50,6 +50,22 @@ class Provider(NamedTuple):
     note: str = ""
     products: torch.dtype | None = None  # dtype of its products, where it is not that of the case
     peak: Callable[[], int | None] | None = None  # bytes above the inputs
+    rounds: int | None = None  # that it takes part in at most, where it is too slow for all
+    flops: float | None = None  # useful operations, where it does another's work than the case's
+    moved: float | None = None  # useful bytes, likewise
+
+
+def attempt(prepare: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """What `prepare` returns; if it raises, a function that raises the same, so that it ends in a row, not the run."""
+    try:
+        return prepare()
+    except Exception as error:
+        failure = error.with_traceback(None)  # which would keep alive what the attempt has left behind
+
+    def fail() -> None:
+        raise failure
+
+    return fail
 
 
 @dataclass(frozen=True)
@@ -68,37 +84,6 @@ class Timing:
             return self.seconds * 3 if self.seconds else None  # type: ignore[return-value]
         lower, median, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return lower, median, upper
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of results: times in seconds, `ratio` to the provider `base`, None where there is no number."""
-
-    op: str
-    case: str
-    provider: str
-    dtype: str
-    status: str
-    repeats: int | None = None
-    median_s: float | None = None
-    lower_s: float | None = None
-    upper_s: float | None = None
-    ratio: float | None = None
-    base: str = ""
-    peak_bytes: int | None = None
-    tflops: float | None = None
-    matmul_tflops: float | None = None
-    share_of_matmul: float | None = None
-    copy_gbs: float | None = None
-    recall: float | None = None
-    products: str = ""
-    note: str = ""
-    commit: str = ""
-    torch: str = ""
-    triton: str = ""
-    device: str = ""
-    threads: int | None = None
-    date: str = ""
 
 
 def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
@@ -148,9 +133,9 @@ def compare(providers: Sequence[Provider], *, base: str, repeats: int, device: t
         _release(device)
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
     watch = stopwatch(device)
-    for _ in range(repeats):
+    for number in range(repeats):
         for provider in providers:
-            if status[provider.name] != "ok":
+            if status[provider.name] != "ok" or (provider.rounds is not None and number >= provider.rounds):
                 continue
             try:
                 times[provider.name].append(watch(provider.function))
@@ -326,9 +311,25 @@ def rows(
     repeats: int,
     device: torch.device,
     flops: float,
+    moved: float | None = None,
+    part: str = "",
     memory: bool = True,
 ) -> list[Row]:
-    """Measure the providers of one case. `flops`: useful operations, the same for every provider, whatever it does."""
+    """Measure the providers of one case, or of a part of it.
+
+    Args:
+        op: whose case it is.
+        case: its name.
+        dtype: of its inputs.
+        providers: what to measure.
+        base: the provider whose time the others are compared with.
+        repeats: rounds.
+        device: where the inputs are.
+        flops: useful operations, the same for every provider, whatever it does.
+        moved: useful bytes, read or written once, likewise.
+        part: what of the case is measured.
+        memory: whether to measure peak memory.
+    """
     around = environment(device)
     copy_gbs = copy_ceiling(device)
     found = []
@@ -340,90 +341,17 @@ def rows(
         if timing.quartiles is not None:
             lower, median, upper = timing.quartiles
             ceiling = matmul_ceiling(device, provider.products or dtype)
-            tflops = 1e-12 * flops / median
+            tflops = 1e-12 * (provider.flops or flops) / median
             row |= {"repeats": len(timing.seconds), "median_s": median, "lower_s": lower, "upper_s": upper}
             row |= {"ratio": timing.ratio, "base": base, "tflops": tflops, "matmul_tflops": ceiling}
             row |= {"share_of_matmul": tflops / ceiling}
+            if useful := provider.moved or moved:
+                row["share_of_copy"] = 1e-9 * useful / median / copy_gbs
             if memory and provider.peak is not None:
                 try:
                     row["peak_bytes"] = provider.peak()
                 except Exception as error:
                     row["note"] = "; ".join(filter(None, [provider.note, f"peak memory failed: {_told(error)}"]))
-        found.append(Row(op, case, provider.name, str(dtype).removeprefix("torch."), timing.status, **row, **around))
+        given = str(dtype).removeprefix("torch.")
+        found.append(Row(op, case, provider.name, given, timing.status, part=part, **row, **around))
     return found
-
-
-def save(found: Iterable[Row], directory: Path = RESULTS) -> list[Path]:
-    """Write rows to `<directory>/<device>/<op>.csv`; each replaces its predecessor of the same case and provider."""
-
-    def key(row: Row) -> tuple[object, ...]:
-        return row.case, row.dtype, row.provider, row.threads
-
-    files: dict[Path, list[Row]] = {}
-    for row in found:
-        device = re.sub(r"[^a-z0-9]+", "-", row.device.lower()).strip("-")
-        files.setdefault(directory / device / f"{row.op}.csv", []).append(row)
-    for path, new in files.items():
-        kept = {key(row): row for row in (read(path) if path.exists() else [])}
-        kept |= {key(row): row for row in new}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in kept.values())
-    return list(files)
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a file that `save` wrote."""
-    kinds: dict[str, Callable[[str], Any]] = {
-        "str": str,
-        "int | None": lambda text: int(text) if text else None,
-        "float | None": lambda text: float(text) if text else None,
-    }
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    return [
-        Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row) if field.name in line})
-        for line in lines
-    ]
-
-
-def markdown(found: Sequence[Row]) -> str:
-    """The rows of one case as a small table, under what they were measured with."""
-    first = found[0]
-    threads = "" if first.device.startswith("NVIDIA") else f", {first.threads} threads"
-    ceilings = sorted({(row.products, row.matmul_tflops) for row in found if row.matmul_tflops is not None})
-    reached = ", ".join(f"torch.mm {name} {value:.3g} TFLOP/s" for name, value in ceilings)
-    ratio = next((f"time / {row.base}" for row in found if row.ratio is not None), "ratio")
-    lines = [
-        f"{first.op} {first.case} {first.dtype}: {first.device}{threads}, torch {first.torch}, triton {first.triton}, "
-        f"commit {first.commit}, {first.date} UTC",
-        f"Ceilings in this run: {', '.join(filter(None, [reached, f'copy {first.copy_gbs or 0:.3g} GB/s']))}",
-        "",
-        f"| provider | median | quartiles | {ratio} | peak MB | useful TFLOP/s | of torch.mm | recall | note |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in found:
-        cells = [
-            _time(row.median_s),
-            f"{_time(row.lower_s)} to {_time(row.upper_s)}" if row.median_s is not None else "",
-            _shown(row.ratio, "{:.2f}"),
-            _shown(row.peak_bytes and row.peak_bytes / 1e6, "{:.1f}"),
-            _shown(row.tflops, "{:.3g}"),
-            _shown(row.share_of_matmul, "{:.0%}"),
-            _shown(row.recall, "{:.5f}"),
-            "; ".join(filter(None, [row.status if row.status != "ok" else "", row.note])),
-        ]
-        lines.append("| " + " | ".join([row.provider, *cells]).replace("\n", " ") + " |")
-    return "\n".join(lines)
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -90,6 +90,9 @@ def cases() -> Iterator[Case]:
             def all_pairs(probe=probe, gallery=probe):  # type: ignore[no-untyped-def]
                 return max_correlation.forward(probe, gallery, None, None, False)
 
+            def match(probe=probe, gallery=probe, weight=pooled[0, 0]):  # type: ignore[no-untyped-def]
+                return max_correlation.pair_sums(probe, gallery, None, None, False, weight)
+
             def probe_gradient(args=(pooled, argmax, rnorm, probe, table, index)):  # type: ignore[no-untyped-def]
                 return max_correlation.probe_gradient(*args)
 
@@ -99,6 +102,7 @@ def cases() -> Iterator[Case]:
             yield Case(f"class path forward {shape}", max_correlation, forward)
             if dtype == table_dtype:
                 yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)
+                yield Case(f"all pairs match {shape}", max_correlation, match)
             yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
             yield Case(f"gallery gradient {shape}", max_correlation, gallery_gradient)
     meta, k, room = torch.device("meta"), 256, 1024

@@ -16,6 +16,8 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which few large programs are dear enough
 
 WORKSPACE_BYTES = 256 * 2**20  # of cosine top-k on the CPU, beyond O(N K)
+PARTIAL_BYTES = 128 * 2**20  # of maxima of maps that take more than one tile, where only sums of them are wanted
+LARGEST_TILE = 64  # locations
 
 
 class Config(NamedTuple):
@@ -59,10 +61,17 @@ def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
 
 @cache
 def generation() -> int:
-    """The GPU's architecture, 80, 90, 100: which of the three this machine's is closest to; 90 where there is none."""
+    """The GPU's architecture as in sm_90 or gfx942, 90 or 942; 90 where there is none."""
     if torch.version.hip is not None:
-        return 80
-    return min(max(torch.cuda.get_device_capability()[0], 8), 10) * 10 if torch.cuda.is_available() else 90
+        return 942
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
+
+
+def shared_memory() -> int:
+    """Bytes of shared memory that a program may use (CUDA programming guide; CDNA3 ISA guide)."""
+    small = 65_536 if generation() == 942 else 101_376
+    return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}.get(generation(), small)
 
 
 def workspace(device: torch.device) -> int:
@@ -75,15 +84,31 @@ def _power_of_two(size: int, low: int, high: int) -> int:
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
-def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> Config:
-    """Forward of max correlation: a `[BR, BS]` correlation tile, channels in steps of BC, KP neighbours a program.
+def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int, normalize: bool) -> Config:
+    """Forward of max correlation: a `[BR, BS]` correlation tile; RESIDENT: with all channels of BS probe locations.
 
-    Steps and stages are those that compile without a spill from sm_80 to sm_100, by the sizes of the maps' elements.
+    In half precision these stay in shared memory while neighbours stream past, where both fit without a spill: one
+    tile ahead, or two on Hopper where tiles need not pass through registers to be normalised. Else both maps are read
+    in steps of BC channels, with the stages that compile without a spill.
     """
-    tile = _power_of_two(locations, 16, 64)
-    step, num_stages = {(2, 2): (32, 5), (2, 4): (64, 3)}.get((probe_size, gallery_size), (32, 3))
-    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, step), "KP": 8}
-    return Config(tiles, num_warps=8 if tile == 64 else 4, num_stages=num_stages)
+    tile = _power_of_two(locations, 16, LARGEST_TILE)
+    whole = _power_of_two(channels, 16, 2**16)
+    num_warps = 8 if tile == LARGEST_TILE else 4
+    is_hopper = generation() // 10 == 9
+    if probe_size == gallery_size == 2 and (is_hopper or (generation() // 10 == 8 and not normalize)):
+        tiles = 3 if is_hopper and not normalize else 2
+        if tiles * 2 * tile * whole <= shared_memory() - 2**12:
+            resident = {"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}
+            return Config(resident, num_warps, num_stages=3 if normalize else 2)
+    step, num_stages = 32, 3
+    if probe_size == 2:
+        step, num_stages = 64, 3
+    return Config({"BS": tile, "BR": tile, "BC": min(whole, step), "RESIDENT": False}, num_warps, num_stages)
+
+
+def neighbors_per_program(probes: int, neighbors: int) -> int:
+    """How many neighbours a program streams past its probe: many, but not so many that programs get few."""
+    return max(1, min(32, neighbors, probes * neighbors // 1024))
 
 
 def correlation_backward(locations: int, channels: int, element_size: int) -> Config:
@@ -104,9 +129,9 @@ def cosine_topk(dim: int, element_size: int) -> Config:
     """
     is_half, is_long = element_size == 2, dim >= 2048
     tile, num_warps = (64, 128), 8
-    if generation() == 90:
+    if generation() // 10 == 9:
         tile, num_warps = ((128, 256 if is_half else 128), 8) if is_long else ((64, 128), 4)
-    elif generation() == 100 and is_half:
+    elif generation() // 10 == 10 and is_half:
         tile = (128, 256 if is_long else 128)
     tiles = {"BM": tile[0], "BN": tile[1], "BD": 128 // element_size, "GROUP": 1024 // tile[0]}
     return Config(tiles, num_warps, num_stages=3)

@@ -15,20 +15,23 @@ from torch import Tensor
 
 from . import config
 from .edges import Edges
-from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, unsortable
+from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, squares, unsortable
 
 
-@triton.jit(do_not_specialize=["P", "K"])
+@triton.jit(do_not_specialize=["P", "K", "KP"])
 def _forward_kernel(
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
     p_order,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
-    p_pooled,  # [P, K, 2S] fp32
+    p_pooled,  # [P, K, 2S] fp32; with SUM [P, K, S], maxima over s of maps of more than BS locations
     p_argmax,  # [P, K, 2S] uint8 or int16
-    p_rnorm,  # [P, K, S] fp32
+    p_rnorm,  # [P or 1, K, S] fp32
+    p_weight,  # [2S] fp32, of the pooled values in p_sums
+    p_sums,  # [P, K] fp32
     P,
     K,
+    KP,
     S,
     C,
     stride_gallery_g,
@@ -37,85 +40,122 @@ def _forward_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SUM: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
-    KP: tl.constexpr,
 ):
     i_program = tl.program_id(0)
     i_p = (i_program % P).to(tl.int64)
     if HAS_ORDER:
         i_p = tl.load(p_order + i_p)
     i_first = (i_program // P) * KP
-    p_map = p_probe + i_p * S * C
+    tiles = tl.cdiv(S, BR)  # of a neighbour
+    width = S if SUM else 2 * S
 
-    for i_k in range(i_first, tl.minimum(i_first + KP, K)):
-        i_pair = i_p * K + i_k
-        i_g = tl.cast(i_k, tl.int64)
-        if HAS_INDEX:
-            i_g = tl.load(p_index + i_pair)
-        is_pair = i_g >= 0
-        p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
+    for i_s in range(0, S, BS):
+        o_s = i_s + tl.arange(0, BS)
+        m_s = o_s < S
+        p_map = p_probe + i_p * S * C + o_s[None, :] * C
+        if RESIDENT:
+            o_c = tl.arange(0, BC)
+            b_map = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & (o_c < C)[:, None], other=0.0)
+            if WIDEN:
+                b_map = b_map.to(tl.float32)
+        b_best_s = tl.full([BS], LOWEST, tl.int32)
+        b_arg_s = tl.zeros([BS], tl.int32)
+        b_sums = tl.zeros([BS], tl.float32)
 
-        for i_s in range(0, S, BS):
-            o_s = i_s + tl.arange(0, BS)
-            m_s = o_s < S
-            b_best_s = tl.full([BS], LOWEST, tl.int32)
-            b_arg_s = tl.zeros([BS], tl.int32)
+        for i_tile in range(0, tl.minimum(KP, K - i_first) * tiles):
+            i_k = i_first + i_tile // tiles
+            i_r = (i_tile % tiles) * BR
+            i_pair = i_p * K + i_k
+            i_g = tl.cast(i_k, tl.int64)
+            if HAS_INDEX:
+                i_g = tl.load(p_index + i_pair)
+            is_pair = i_g >= 0
+            is_last = i_r + BR >= S
+            o_r = i_r + tl.arange(0, BR)
+            m_r = o_r < S
+            p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
+            p_neighbor += o_r[:, None].to(tl.int64) * stride_gallery_s
 
-            for i_r in range(0, S, BR):
-                o_r = i_r + tl.arange(0, BR)
-                m_r = o_r < S
-                b_corr = tl.zeros([BR, BS], tl.float32)
-                b_squares = tl.zeros([BR], tl.float32)
+            # [BR, BC] @ [BC, BS] -> [BR, BS]
+            b_corr = tl.zeros([BR, BS], tl.float32)
+            b_squares = tl.zeros([BR], tl.float32)
+            if RESIDENT:
+                o_c = tl.arange(0, BC)
+                b_neighbor = tl.load(
+                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & (o_c < C)[None, :], other=0.0
+                )
+                if NORMALIZE:
+                    b_squares = squares(b_neighbor)
+                b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
+            else:
                 for i_c in range(0, C, BC):
                     o_c = i_c + tl.arange(0, BC)
                     m_c = o_c < C
                     b_neighbor = tl.load(
-                        p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
-                        mask=m_r[:, None] & m_c[None, :],
-                        other=0.0,
+                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
                     )
-                    b_probe = tl.load(
-                        p_map + o_s[None, :] * C + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0
-                    )
+                    b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
                     if NORMALIZE:
-                        b_wide = b_neighbor.to(tl.float32)
-                        b_squares += tl.sum(b_wide * b_wide, axis=1)
+                        b_squares += squares(b_neighbor)
                     if WIDEN:
                         b_probe = b_probe.to(tl.float32)
-                    # [BR, BC] @ [BC, BS] -> [BR, BS]
                     b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
-                if NORMALIZE:
-                    b_rnorm = inverse_norm(b_squares)
-                    b_corr *= b_rnorm[:, None]
-                    tl.store(p_rnorm + i_pair * S + o_r, b_rnorm, mask=m_r & (i_s == 0))
-                b_corr = tl.where(is_pair, b_corr, float("nan"))
-                b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
+            if NORMALIZE:
+                b_rnorm = inverse_norm(b_squares)
+                b_corr *= b_rnorm[:, None]
+                if not SUM:
+                    is_owner = (i_s == 0) & (HAS_INDEX | (i_p == 0))
+                    o_norm = (i_pair if HAS_INDEX else i_k) * S + o_r
+                    tl.store(p_rnorm + o_norm, b_rnorm, mask=m_r & is_owner)
+            b_corr = tl.where(is_pair, b_corr, float("nan"))
+            b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
 
-                b_best = tl.max(b_key, axis=0)
-                b_arg = tl.min(tl.where(b_key == b_best[None, :], o_r[:, None], HIGHEST), axis=0)
-                b_arg_s = tl.where(b_best > b_best_s, b_arg, b_arg_s)  # an equal one further on loses
-                b_best_s = tl.maximum(b_best_s, b_best)
+            b_best = tl.max(b_key, axis=0)
+            b_arg = tl.min(tl.where(b_key == b_best[None, :], o_r[:, None], HIGHEST), axis=0)
+            is_better = (b_best > b_best_s) | (i_r == 0)  # an equal one further on loses
+            b_arg_s = tl.where(is_better, b_arg, b_arg_s)
+            b_best_s = tl.where(is_better, b_best, b_best_s)
 
-                b_best_r = tl.max(b_key, axis=1)
-                b_arg_r = tl.min(tl.where(b_key == b_best_r[:, None], o_s[None, :], HIGHEST), axis=1)
-                o_out = i_pair * 2 * S + S + o_r
-                if i_s > 0:
-                    tl.debug_barrier()  # the earlier blocks of s were written by other threads of this program
-                    b_seen = sortable(tl.load(p_pooled + o_out, mask=m_r, other=0.0))
-                    b_seen_arg = tl.load(p_argmax + o_out, mask=m_r, other=0).to(tl.int32)
+            b_best_r = tl.max(b_key, axis=1)
+            b_arg_r = tl.min(tl.where(b_key == b_best_r[:, None], o_s[None, :], HIGHEST), axis=1)
+            o_out = i_pair * width + (0 if SUM else S) + o_r
+            if SPLIT:  # the blocks of s before this one
+                m_seen = m_r & (i_s > 0)
+                b_seen = tl.where(m_seen, sortable(tl.load(p_pooled + o_out, mask=m_seen, other=0.0)), LOWEST)
+                if not SUM:
+                    b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
                     b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
-                    b_best_r = tl.maximum(b_best_r, b_seen)
-                    tl.debug_barrier()
+                b_best_r = tl.maximum(b_best_r, b_seen)
+            if SPLIT or not SUM:
                 tl.store(p_pooled + o_out, unsortable(b_best_r), mask=m_r)
-                tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
 
-            o_out = i_pair * 2 * S + o_s
-            tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s)
-            tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s)
+            if SUM:
+                m_s_done = m_s & is_last
+                m_r_done = m_r & (i_s + BS >= S)
+                b_weight_s = tl.load(p_weight + o_s, mask=m_s_done, other=0.0)
+                b_weight_r = tl.load(p_weight + S + o_r, mask=m_r_done, other=0.0)
+                b_sums = tl.where(i_r == 0, 0.0, b_sums)
+                b_sums += tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
+                b_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
+                o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
+                b_before = tl.load(p_sums + i_pair + o_one, mask=(o_one + i_s) > 0, other=0.0)
+                b_sum = tl.sum(b_sums[None, :], axis=1) + b_before
+                tl.store(p_sums + i_pair + o_one, b_sum, mask=(o_one == 0) & is_last)
+            else:
+                tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
+                o_out = i_pair * width + o_s
+                tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s & is_last)
+                tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s & is_last)
+        if SPLIT:
+            tl.debug_barrier()  # the next block of s reads what other threads of this program have written
 
 
 def forward(
@@ -125,34 +165,72 @@ def forward(
 
     Returns:
         pooled fp32 `[P, K, 2S]`, argmax `[P, K, 2S]`, and the inverse norms of the neighbours' locations fp32
-        `[P, K, S]` (empty unless `normalize_gallery`).
+        `[P, K, S]`, or `[1, G, S]` without an index (empty unless `normalize_gallery`).
     """
-    probes, locations, channels = probe.shape
+    probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
+    owners = probes if index is not None else 1
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
-    rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
+    rnorm = probe.new_empty((owners, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
+    _launch_forward(probe, gallery, index, group, pooled, argmax, rnorm, None, None, NORMALIZE=normalize_gallery)
+    return pooled, argmax, rnorm
+
+
+def pair_sums(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
+) -> Tensor:
+    """Launch the forward for `weight [2S]` (fp32) times the pooled values of every pair, fp32 `[P, K]`.
+
+    Maps of one tile need no memory but the result; of larger ones the maxima over s of `PARTIAL_BYTES` at a time.
+    """
+    probes, locations, _ = probe.shape
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
+    sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
+    if sums.numel() == 0 or gallery.shape[0] == 0:
+        return sums.fill_(torch.nan)
+    if locations <= config.LARGEST_TILE:
+        _launch_forward(probe, gallery, index, group, None, None, None, weight, sums, NORMALIZE=normalize_gallery)
+        return sums
+    step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
+    for start in range(0, neighbors, step):
+        part = slice(start, min(start + step, neighbors))
+        maps, ids = (gallery[part], None) if index is None else (gallery, index[:, part].contiguous())
+        found = sums if step >= neighbors else sums.new_empty(probes, part.stop - part.start)
+        over_s = sums.new_empty(*found.shape, locations)
+        _launch_forward(probe, maps, ids, group, over_s, None, None, weight, found, NORMALIZE=normalize_gallery)
+        sums[:, part] = found
+    return sums
+
+
+def _launch_forward(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None,
+    pooled: Tensor | None, argmax: Tensor | None, rnorm: Tensor | None, weight: Tensor | None, sums: Tensor | None,
+    NORMALIZE: bool,
+) -> None:  # fmt: skip
+    probes, locations, channels = probe.shape
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
     tiles, num_warps, num_stages = config.correlation_forward(
-        locations, channels, probe.element_size(), gallery.element_size()
+        locations, channels, probe.element_size(), gallery.element_size(), NORMALIZE
     )
     order = None if group is None else group.argsort(stable=True)
-    grid = (probes * triton.cdiv(neighbors, tiles["KP"]),)
-    _forward_kernel[grid](
-        probe, gallery, index, order, pooled, argmax, rnorm,
-        probes, neighbors, locations, channels, *gallery.stride(),
-        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=normalize_gallery,
-        **config.operands(probe.dtype, gallery.dtype), **tiles, num_warps=num_warps, num_stages=num_stages,
+    share = config.neighbors_per_program(probes, neighbors)
+    _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
+        probe, gallery, index, order, pooled, argmax, rnorm, weight, sums,
+        probes, neighbors, share, locations, channels, *gallery.stride(),
+        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=NORMALIZE, SUM=sums is not None,
+        SPLIT=locations > tiles["BS"], **config.operands(probe.dtype, gallery.dtype), **tiles,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return pooled, argmax, rnorm
 
 
 @triton.jit(do_not_specialize=["K"])
 def _probe_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
-    p_rnorm,  # [P, K, S] fp32
+    p_rnorm,  # [P or 1, K, S] fp32
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
     p_scale,  # [1] fp32, brings the gradients into the range of half precision
@@ -197,7 +275,8 @@ def _probe_gradient_kernel(
             b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
             b_weight = match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r)
             if NORMALIZE:
-                b_weight *= tl.load(p_rnorm + i_pair * S + o_r, mask=m_r, other=0.0)[None, :]
+                i_norm = i_pair if HAS_INDEX else i_g
+                b_weight *= tl.load(p_rnorm + i_norm * S + o_r, mask=m_r, other=0.0)[None, :]
             b_neighbor = tl.load(
                 p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
                 mask=m_r[:, None] & m_c[None, :],
@@ -236,7 +315,7 @@ def _gallery_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_pooled,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
-    p_rnorm,  # [P, K, S] fp32
+    p_rnorm,  # [P or 1, K, S] fp32
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
     p_classes,  # [T] int64: the gallery map of slot t, -1 for none
@@ -286,7 +365,8 @@ def _gallery_gradient_kernel(
         b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
         if NORMALIZE:
             b_along += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
-            b_rnorm = tl.load(p_rnorm + i_pair * S + o_r, mask=m_r, other=0.0)
+            i_norm = i_pair if HAS_INDEX else i_slot
+            b_rnorm = tl.load(p_rnorm + i_norm * S + o_r, mask=m_r, other=0.0)
         for i_s in range(0, S, BS):
             o_s = i_s + tl.arange(0, BS)
             m_s = o_s < S

@@ -39,10 +39,17 @@ def unsortable(keys):
 
 
 @triton.jit
-def inverse_norm(squares):
-    """`1 / sqrt(squares)`, and zero for a zero vector."""
-    is_zero = squares == 0.0
-    return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, squares)))
+def squares(values):
+    """Sums of squares of the rows of `[X, Y]`, fp32 `[X]`."""
+    wide = values.to(tl.float32)
+    return tl.sum(wide * wide, axis=1)
+
+
+@triton.jit
+def inverse_norm(total):
+    """`1 / sqrt(total)` of sums of squares, and zero for a zero vector."""
+    is_zero = total == 0.0
+    return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, total)))
 
 
 @triton.jit

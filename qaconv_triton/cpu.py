@@ -1,58 +1,37 @@
-"""Maximum correlation on the CPU: blocked matrix products in plain torch, in bounded memory, as the kernels do it.
+"""Maximum correlation on the CPU, in plain torch and bounded memory.
 
-A block is at most `BLOCK` correlations: small enough to be reduced while it is in cache. Half
-precision is multiplied in fp32, so that only inputs are rounded, never the sums. Runs on any device; CUDA tensors come
-here in fp64, or when `QACONV_TRITON_BACKEND=torch` asks for it; there `index_add_` sums in no fixed order.
+Forward: matrix products of a block of pairs, small enough to be reduced while it is in cache. Backward: a location's
+gradient is a sum of the few locations that it was the best match of, or that were its own; these sums are taken as they
+are, by `embedding_bag`, at `4S` rows a pair instead of the `2S^2` that products with the gradient of the correlation
+would read. Runs on any device; CUDA tensors come here in fp64, or when `QACONV_TRITON_BACKEND=torch` asks for it.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, max_pool2d
 
 from .kernels.config import argmax_dtype
+from .kernels.edges import inverse_list
 
-BLOCK = 2**20
+BLOCK = 2**20  # correlations at a time
+MAPS = 2**21  # numbers of the gallery maps at a time
+SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
+ENTRIES = 2**18  # terms of the gradients' sums at a time
+LAZY = 2**25  # bytes of zeros from which on they are left to the system
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(probe: Tensor, neighbors: int, has_index: bool, group: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
-    """Cut the pairs into blocks: `members [L, m]` probes, m sharing each of L neighbour lists, and a range of K."""
-    probes, locations, channels = probe.shape
-    if probes == 0 or neighbors == 0:
-        return
-    most_pairs = max(1, BLOCK // locations**2)
-    most_maps = max(1, 4 * BLOCK // (locations * channels))
-    everyone = torch.arange(probes, device=probe.device)
-    if has_index and group is None:
-        span = min(neighbors, most_pairs, most_maps)
-        shared = everyone.unsqueeze(1).split(max(1, min(most_pairs, most_maps) // span))
-    else:
-        sharing = (everyone,)
-        if has_index and group is not None:
-            sizes = group.sort().values.unique_consecutive(return_counts=True)[1]
-            sharing = group.argsort(stable=True).split(sizes.tolist())
-        most = max(1, min(most_pairs, 512 // locations))
-        shared = tuple(part.unsqueeze(0) for members in sharing for part in members.split(most))
-    for members in shared:
-        span = max(1, min(most_pairs // members.numel(), most_maps))
-        for first in range(0, neighbors, span):
-            yield members, slice(first, min(first + span, neighbors))
-
-
-def _gathered(gallery: Tensor, ids: Tensor | None, span: slice) -> Tensor:
-    """The gallery maps of a block as they are, `[L, k, S, C]`."""
-    return gallery[span].unsqueeze(0) if ids is None else gallery[ids.clamp(min=0)]
-
-
-def _ids(index: Tensor | None, members: Tensor, span: slice) -> Tensor | None:
-    return None if index is None else index[members[:, 0], span]
 
 
 def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,37 +40,184 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(norm == 0, 0.0, norm.reciprocal())
 
 
+class Block(NamedTuple):
+    """Pairs of `lists * sharing` probes, from `first` on, with a `span` of neighbours; `sharing` share a list."""
+
+    first: int
+    lists: int
+    sharing: int
+    span: slice
+
+    @property
+    def probes(self) -> slice:
+        """Of the probes in order."""
+        return slice(self.first, self.first + self.lists * self.sharing)
+
+
+class Pairs:
+    """The pairs of a call, cut into blocks: probes in an order in which those of a group are neighbours."""
+
+    def __init__(self, probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None) -> None:
+        probes, self.locations, self.channels = probe.shape
+        self.neighbors = gallery.shape[0] if index is None else index.shape[1]
+        self.gallery, self.dtype = gallery, accumulation_dtype(probe.dtype)
+        self.order: Tensor | None = None
+        self.sizes = [1] * probes if index is not None else [probes]
+        if index is not None and group is not None and probes:
+            ordered, order = group.sort(stable=True)
+            self.sizes = ordered.unique_consecutive(return_counts=True)[1].tolist()
+            if not torch.equal(ordered, group):
+                self.order = order
+        self.probe = self.ordered(probe).to(self.dtype)
+        self.index = None if index is None else self.ordered(index)
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """`values [P, ..]` of the probes in the order of the blocks."""
+        return values if self.order is None or not values.numel() else values[self.order]
+
+    def restored(self, values: Tensor) -> Tensor:
+        """`values [P, ..]` in the order in which the probes came."""
+        if self.order is None or not values.numel():
+            return values
+        return torch.empty_like(values).index_copy_(0, self.order, values)
+
+    def blocks(self) -> Iterator[Block]:
+        """All pairs once."""
+        most_pairs = max(1, BLOCK // self.locations**2)
+        most_maps = max(1, MAPS // (self.locations * self.channels))
+        most_sharing = max(1, min(most_pairs, SHARING // self.locations))
+        parts = [min(most_sharing, size - done) for size in self.sizes for done in range(0, size, most_sharing)]
+        first = 0
+        for sharing, run in groupby(parts):
+            waiting = len(list(run))
+            span = max(1, min(self.neighbors, most_pairs // sharing, most_maps))
+            most_lists = max(1, min(most_pairs // (sharing * span), most_maps // span))
+            while waiting:
+                lists = 1 if self.index is None else min(waiting, most_lists)
+                for start in range(0, self.neighbors, span):
+                    yield Block(first, lists, sharing, slice(start, min(start + span, self.neighbors)))
+                first += lists * sharing
+                waiting -= lists
+
+    def ids(self, block: Block) -> Tensor | None:
+        """Gallery ids of a block `[L, k]`; None where all probes meet all of the gallery."""
+        return None if self.index is None else self.index[block.probes, block.span][:: block.sharing]
+
+    def maps(self, block: Block, ids: Tensor | None) -> Tensor:
+        """Gallery maps of a block `[L, k, S, C]`, in the dtype of sums."""
+        if ids is None:
+            return self.gallery[block.span].unsqueeze(0).to(self.dtype)
+        rows = self.gallery.index_select(0, ids.clamp(min=0).flatten())
+        return rows.to(self.dtype).view(*ids.shape, self.locations, self.channels)
+
+
+class Peaks(NamedTuple):
+    """Best matches of a block: `[L, m, k, S]` over r and where, then over s and where; inverse norms `[L, k, S]`."""
+
+    over_r: Tensor
+    arg_r: Tensor
+    over_s: Tensor
+    arg_s: Tensor
+    norms: Tensor | None
+
+
+def _peaks(pairs: Pairs, half: torch.dtype, normalize_gallery: bool) -> Iterator[tuple[Block, Peaks]]:
+    """The maxima of every block, both ways."""
+    locations = pairs.locations
+    for block in pairs.blocks():
+        _, lists, sharing, _ = block
+        ids = pairs.ids(block)
+        maps = pairs.maps(block, ids)
+        probe = pairs.probe[block.probes].reshape(lists, sharing * locations, pairs.channels)
+        with _products(half):
+            corr = maps.flatten(1, 2) @ probe.mT  # [L, k*r, m*s]
+        norms = None
+        if normalize_gallery:
+            norms = inverse_norm(maps, pairs.dtype)
+            corr *= norms.view(lists, -1, 1)
+        if ids is not None and ids.numel() and ids.min() < 0:
+            corr.view(*ids.shape, -1)[ids < 0] = torch.nan
+        over_r, arg_r = (
+            values.view(lists, -1, sharing, locations).transpose(1, 2)
+            for values in _max(corr.view(-1, locations, sharing * locations))
+        )
+        over_s, arg_s = (
+            values.view(lists, sharing, -1, locations)
+            for values in _max(corr.mT.reshape(lists * sharing, locations, -1))
+        )
+        yield block, Peaks(over_r, arg_r, over_s, arg_s, norms)
+
+
+def _max(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Maxima over the middle axis of `[N, S, X]` and the first index of each, `[N, X]`; NaN wins.
+
+    Pooling with channels last is the one maximum with indices in torch whose CPU kernel is vectorised, across X.
+    """
+    images = values.unsqueeze(2).permute(0, 3, 1, 2)  # [N, X, S, 1]
+    best, where = max_pool2d(images, (values.shape[1], 1), return_indices=True)
+    return best.flatten(1), where.flatten(1)
+
+
+@contextmanager
+def _products(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply fp32 copies of bf16 maps as bf16 with fp32 sums, where the CPU can: a setting of the process."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
+    if dtype != torch.bfloat16 or setting is None:
+        yield
+        return
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def max_correlation(
     probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `kernels.max_correlation.forward`: pooled and argmax `[P, K, 2S]`, inverse norms `[P, K, S]`."""
-    probes, locations, _ = probe.shape
-    neighbors = gallery.shape[0] if index is None else index.shape[1]
-    dtype = accumulation_dtype(probe.dtype)
-    pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
-    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
-    rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else 0, dtype=dtype)
+    """As `kernels.max_correlation.forward`: pooled and argmax `[P, K, 2S]`, inverse norms `[P or 1, K, S]`."""
+    pairs = Pairs(probe, gallery, index, group)
+    probes, locations = probe.shape[:2]
+    shape = (probes, pairs.neighbors, 2 * locations)
+    pooled = probe.new_empty(shape, dtype=pairs.dtype)
+    argmax = probe.new_empty(shape, dtype=argmax_dtype(locations))
+    owners = probes if index is not None else 1
+    rnorm = probe.new_zeros((owners, pairs.neighbors, locations) if normalize_gallery else 0, dtype=pairs.dtype)
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
-    for members, span in _blocks(probe, neighbors, index is not None, group):
-        ids = _ids(index, members, span)
-        maps = _gathered(gallery, ids, span)
-        lists, count = maps.shape[:2]
-        corr = maps.to(dtype).flatten(1, 2) @ probe[members].to(dtype).flatten(1, 2).mT
-        corr = corr.view(lists, count, locations, members.shape[1], locations)  # [L, k, r, m, s]
-        if normalize_gallery:
-            norms = inverse_norm(maps, dtype)
-            corr *= norms[..., None, None]
-            rnorm[members, span] = norms.unsqueeze(1)
-        if ids is not None:
-            corr.masked_fill_((ids < 0)[:, :, None, None, None], torch.nan)
-        over_r, arg_r = corr.max(dim=2)  # [L, k, m, s]
-        over_s, arg_s = corr.max(dim=4)  # [L, k, r, m]
-        best = torch.cat([over_r.transpose(1, 2), over_s.permute(0, 3, 1, 2)], dim=-1)
-        where = torch.cat([arg_r.transpose(1, 2), arg_s.permute(0, 3, 1, 2)], dim=-1)
-        pooled[members, span] = best
-        argmax[members, span] = where.to(argmax.dtype)
-    return pooled, argmax, rnorm
+    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
+        shape = block.lists, block.sharing, pairs.neighbors, 2 * locations
+        for whole, (of_s, of_r) in ((pooled, peaks[0:3:2]), (argmax, peaks[1:4:2])):
+            part = whole[block.probes].view(shape)[:, :, block.span]
+            part[..., :locations], part[..., locations:] = of_s, of_r
+        if peaks.norms is not None:
+            owned = block.probes if index is not None else slice(1)
+            rnorm[owned].view(block.lists, -1, *rnorm.shape[1:])[:, :, block.span] = peaks.norms.unsqueeze(1)
+    return pairs.restored(pooled), pairs.restored(argmax), rnorm if index is None else pairs.restored(rnorm)
+
+
+def pair_sums(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
+) -> Tensor:
+    """As `kernels.max_correlation.pair_sums`: `weight [2S]` times the pooled values of every pair, `[P, K]`."""
+    pairs = Pairs(probe, gallery, index, group)
+    locations = probe.shape[1]
+    sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
+    if gallery.shape[0] == 0:
+        return sums.fill_(torch.nan)
+    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
+        found = peaks.over_r @ weight[:locations] + peaks.over_s @ weight[locations:]
+        sums[block.probes, block.span] = found.flatten(0, 1)
+    return pairs.restored(sums)
+
+
+class Saved(NamedTuple):
+    """What the backward knows of every pair `[P*K, ..]`: upstream gradient, pooled, argmax; inverse norms `[.., S]`."""
+
+    grad: Tensor
+    pooled: Tensor
+    argmax: Tensor
+    rnorm: Tensor
 
 
 def max_correlation_backward(
@@ -108,56 +234,120 @@ def max_correlation_backward(
     needs_gallery: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients, `[P, S, C]` and `[G, S, C]`; for the gallery maps `rows [T]` (rising) only where given."""
-    locations, channels = probe.shape[1:]
-    dtype = accumulation_dtype(probe.dtype)
-    count = gallery.shape[0] if rows is None else rows.shape[0]
-    to_probe = probe.new_zeros(probe.shape if needs_probe else 0, dtype=dtype)
-    to_gallery = gallery.new_zeros((count, locations, channels) if needs_gallery else 0, dtype=dtype)
-    for members, span in _blocks(probe, grad.shape[1], index is not None, group):
-        lists, sharing = members.shape
-        ids = _ids(index, members, span)
-        maps = _gathered(gallery, ids, span).to(dtype)
-        upstream = grad[members, span].transpose(1, 2)  # [L, k, m, 2S]
-        best = pooled[members, span].transpose(1, 2)
-        norms = rnorm[members[:, 0], span] if rnorm.numel() else None
-        left_out = None if ids is None else ids < 0
-        if left_out is not None and bool(left_out.any()):  # those pairs are NaN, and zero times NaN is NaN
-            maps = maps.masked_fill(left_out[:, :, None, None], 0.0)
-            upstream, best = (values.masked_fill(left_out[:, :, None, None], 0.0) for values in (upstream, best))
-            norms = None if norms is None else norms.masked_fill(left_out.unsqueeze(2), 0.0)
+    saved = Saved(grad.flatten(0, 1), pooled.flatten(0, 1), argmax.flatten(0, 1), rnorm.view(-1, probe.shape[1]))
+    to_probe, to_gallery = probe.new_empty(0), gallery.new_empty(0)
+    if needs_probe:
+        to_probe = _to_probe(saved, Pairs(probe, gallery, index, group)).to(probe.dtype)
+    if needs_gallery:
+        to_gallery = _to_gallery(saved, probe, gallery, index, rows)
+    return to_probe, to_gallery
+
+
+class Terms:
+    """The terms of some pairs `pair [E]` in the gradients: their 2S matches, every s with its best r, then the reverse.
+
+    The gradient of the correlation is zero but for these. `s` and `r` are locations `[E, 2S]`, `weights` likewise.
+    """
+
+    def __init__(self, saved: Saved, pair: Tensor) -> None:
+        arg_r, arg_s = saved.argmax[pair].to(torch.int32).chunk(2, dim=1)
+        here = torch.arange(arg_r.shape[1], dtype=torch.int32, device=pair.device).expand_as(arg_r)
+        self.s, self.r = torch.cat([here, arg_s], dim=1), torch.cat([arg_r, here], dim=1)
+        self.weights = saved.grad[pair]
+        if saved.rnorm.shape[0]:
+            norms = saved.rnorm[pair % saved.rnorm.shape[0]]  # of the gallery map, or of the pair
+            self.weights = self.weights * norms.gather(1, self.r.long())
+
+
+class Sums:
+    """Sums of terms by the location that they belong to: `places` are `[E, 2S]`, below `count`. In a fixed order."""
+
+    def __init__(self, places: Tensor, count: int) -> None:
+        ordered, self.order = places.flatten().sort(stable=True)
+        bounds = torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device)
+        self.offsets = torch.searchsorted(ordered, bounds)
+
+    def of_rows(self, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """Of the terms' rows of `table`, weighted, `[count, C]`."""
+        rows, weights = rows.flatten()[self.order], weights.flatten()[self.order]
+        return embedding_bag(
+            rows.long(), table, self.offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of numbers, `[count, 1]`."""
+        return embedding_bag(self.order, values.view(-1, 1), self.offsets, mode="sum", include_last_offset=True)
+
+
+def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
+    total = torch.zeros_like(pairs.probe)
+    device, locations = total.device, pairs.locations
+    everyone = torch.arange(total.shape[0], device=device) if pairs.order is None else pairs.order
+    in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous()
+    for block in pairs.blocks():
+        k = torch.arange(block.span.start, block.span.stop, device=device)
+        ids = pairs.ids(block)
+        pair = everyone[block.probes].unsqueeze(1) * pairs.neighbors + k
+        own = torch.arange(pair.shape[0], device=device).unsqueeze(1).expand_as(pair)
+        absent = None if ids is None else ids.repeat_interleave(block.sharing, dim=0) < 0
+        if in_place:
+            table, met = pairs.gallery, k.unsqueeze(0) if ids is None else ids
         else:
-            left_out = None
-        where = argmax[members, span].transpose(1, 2).long()
-        grad_s, grad_r = upstream[..., :locations], upstream[..., locations:].transpose(2, 3)  # [.., m, s], [.., r, m]
-        arg_s, arg_r = where[..., :locations], where[..., locations:].transpose(2, 3)
-        weight = grad.new_zeros(lists, maps.shape[1], locations, sharing, locations)  # [L, k, r, m, s]
-        weight.scatter_(2, arg_s.unsqueeze(2), grad_s.unsqueeze(2))
-        weight.scatter_add_(4, arg_r.unsqueeze(4), grad_r.unsqueeze(4))
-        if norms is not None:
-            weight *= norms[..., None, None]
-        weight = weight.flatten(3, 4).flatten(1, 2)  # [L, k*r, m*s]
-        if needs_probe:
-            part = weight.mT @ maps.flatten(1, 2)
-            to_probe.index_add_(0, members.flatten(), part.view(-1, locations, channels))
-        if needs_gallery:
-            part = (weight @ probe[members].to(dtype).flatten(1, 2)).view(maps.shape)
-            if left_out is not None:
-                part = part.masked_fill(left_out[:, :, None, None], 0.0)
-            if norms is not None:
-                pull = upstream * best
-                along = pull[..., locations:].sum(2)  # [L, k, r]
-                along = along.scatter_add(2, arg_s.flatten(2), pull[..., :locations].flatten(2))
-                part.addcmul_(maps, (along * norms.square()).unsqueeze(-1), value=-1.0)
-            _accumulate(to_gallery, part, ids, rows, span)
-    return to_probe.to(probe.dtype), to_gallery.to(gallery.dtype)
+            table = pairs.maps(block, ids).flatten(0, 1)
+            met = torch.arange(table.shape[0], device=device).view(block.lists, -1)
+        met = met.repeat_interleave(block.sharing, dim=0)
+        if absent is not None and absent.any():  # pairs of NaN, and zero times NaN is NaN
+            pair, own, met = (values[~absent] for values in (pair, own, met))
+        pair, own, met = (values.reshape(-1, 1) for values in (pair, own, met))
+        terms = Terms(saved, pair.squeeze(1))
+        sums = Sums((own * locations).int() + terms.s, len(total[block.probes]) * locations)
+        total[block.probes] += sums.of_rows(table.flatten(0, 1), met * locations + terms.r, terms.weights).view_as(
+            total[block.probes]
+        )
+    return pairs.restored(total)
 
 
-def _accumulate(total: Tensor, part: Tensor, ids: Tensor | None, rows: Tensor | None, span: slice) -> None:
-    """Add the gradients `part [L, k, S, C]` of a block's gallery maps to their rows of `total`."""
-    if ids is None:
-        total[span] += part.squeeze(0)
-        return
-    where = ids.flatten().clamp(min=0)  # what is left out carries a zero gradient
-    if rows is not None:
-        where = torch.searchsorted(rows, where).clamp(max=max(rows.shape[0] - 1, 0))
-    total.index_add_(0, where, part.flatten(0, 1))
+def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | None, rows: Tensor | None) -> Tensor:
+    probes, locations, channels = probe.shape
+    device, neighbors = probe.device, gallery.shape[0] if index is None else index.shape[1]
+    if index is None:
+        slots = torch.arange(neighbors, device=device)
+        offsets = torch.arange(neighbors + 1, device=device) * probes
+    else:
+        slots, offsets, edges = inverse_list(index, gallery.shape[0])
+        slots = slots[: int((slots >= 0).sum())]
+    shape = gallery.shape[0] if rows is None else slots.shape[0], locations, channels
+    out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else _zeros(gallery, shape)
+    table = probe.to(saved.grad.dtype).flatten(0, 1)
+    most_maps = max(1, MAPS // (locations * channels))
+    most = max(1, min(most_maps, ENTRIES * slots.shape[0] // max(1, 2 * locations * int(offsets[-1]))))
+    for first in range(0, slots.shape[0], most):
+        ids = slots[first : first + most]
+        bounds = offsets[first : first + ids.shape[0] + 1]
+        own = torch.arange(ids.shape[0], device=device).repeat_interleave(bounds.diff())
+        if index is None:
+            met = torch.arange(probes, device=device).repeat(ids.shape[0])
+            pair = met * neighbors + first + own
+        else:
+            pair = edges[bounds[0] : bounds[-1]]
+            met = pair // neighbors
+        terms = Terms(saved, pair)
+        sums = Sums((own * locations).int().unsqueeze(1) + terms.r, ids.shape[0] * locations)
+        part = sums.of_rows(table, (met * locations).unsqueeze(1) + terms.s, terms.weights)
+        if saved.rnorm.shape[0]:
+            norms = saved.rnorm[ids if index is None else pair[bounds[:-1] - bounds[0]]].view(-1, 1)
+            along = sums.of(saved.grad[pair] * saved.pooled[pair])  # the part that normalising removes
+            maps = gallery.index_select(0, ids).to(part.dtype).flatten(0, 1)
+            part.addcmul_(maps, along * norms.square(), value=-1.0)
+        where = slice(first, first + most) if shape[0] == slots.shape[0] else ids
+        out[where] = part.view(-1, locations, channels).to(out.dtype)
+    return out
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros; many on the CPU lie in pages that come into being when first written: most of a table stays untouched."""
+    size = like.element_size() * prod(shape)
+    if like.device.type != "cpu" or size < LAZY:
+        return like.new_zeros(shape)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=like.dtype).view(shape)

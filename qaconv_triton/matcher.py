@@ -7,20 +7,36 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import cpu, functional, ops
 from .checkpoint import convert_shared_fc
 from .checks import check_count, check_device, check_labels, check_maps, check_visibility, values_may_be_read
 from .kernels.panels import Progress
-from .scores import ClassScores, check_pairs, pair_scores
+from .scores import ClassScores, check_pairs, folded, is_frozen, pair_scores
 
-POOLED_BYTES = 128 * 2**20  # of pooled values at a time where nothing needs them later
-MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, likewise
+MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
+PAIRS = 256  # of corresponding maps at a time, likewise
+
+
+class Correspondences(NamedTuple):
+    """Best matches between the maps of pairs, both ways, `[B, H, W]` each; locations are counted row by row, h*W + w.
+
+    Attributes:
+        b_location: int64, for each location of a the location of b that is most similar.
+        similarity_a: its cosine similarity, times both visibilities; fp32 (fp64 for fp64).
+        a_location: int64, for each location of b the location of a that is most similar.
+        similarity_b: likewise.
+    """
+
+    b_location: Tensor
+    similarity_a: Tensor
+    a_location: Tensor
+    similarity_b: Tensor
 
 
 class QAConv(nn.Module):
@@ -182,8 +198,7 @@ class QAConv(nn.Module):
         if valid is not None:
             index = torch.where(valid.unsqueeze(1), index, -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-        pooled = ops.max_correlation(probe, table, index, labels, True, self.sparse_grad)[0]
-        return ClassScores(pair_scores(pooled, self.bn, self.fc, self.logit_bn, valid=valid), index, classes)
+        return ClassScores(self._score(probe, table, index, labels, raw=True, valid=valid), index, classes)
 
     @torch.no_grad()
     def match(
@@ -224,23 +239,53 @@ class QAConv(nn.Module):
         Raises:
             TypeError, ValueError: as for `forward`; also when there are not as many gallery items as probes.
         """
-        self._check_maps(probe_features, probe_occ, "probe_features", "probe_occ")
-        self._check_maps(gallery_features, gallery_occ, "gallery_features", "gallery_occ")
-        if probe_features.shape[0] != gallery_features.shape[0]:
-            raise ValueError(
-                f"pairs need as many gallery items as probes, got {list(gallery_features.shape)} "
-                f"for {list(probe_features.shape)}"
-            )
-        dtype = functional.correlation_dtype(probe_features)
-        scores = []
-        for start in range(0, max(probe_features.shape[0], 1), 256):
-            rows = slice(start, start + 256)
-            probe = functional.prepare_maps(probe_features[rows], _rows(probe_occ, rows), dtype)
-            gallery = functional.prepare_maps(gallery_features[rows], _rows(gallery_occ, rows), dtype)
-            index = torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)
-            pooled = ops.max_correlation(probe, gallery, index, None, False, False)[0]
-            scores.append(pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=True).squeeze(1))
+        names = "probe_features", "gallery_features", "probe_occ", "gallery_occ"
+        self._check_pairs_of_maps(probe_features, gallery_features, probe_occ, gallery_occ, names)
+        scores = [
+            self._score(probe, gallery, index, evaluate=True).squeeze(1)
+            for probe, gallery, index in _pairs(probe_features, gallery_features, probe_occ, gallery_occ)
+        ]
         return torch.cat(scores)
+
+    @torch.no_grad()
+    def correspondences(
+        self, a: Tensor, b: Tensor, a_occ: Tensor | None = None, b_occ: Tensor | None = None
+    ) -> Correspondences:
+        """Find each location's best match on the other map, both ways, for map i of `a` and map i of `b`.
+
+        These are the matches whose similarities `match_pairs` turns into a score: what to draw to see why two maps
+        match. (Liao & Shao, arXiv:1904.10424, section 3.2.)
+
+        Args:
+            a: `[B, C, H, W]`, as for `forward`.
+            b: `[B, C, H, W]`.
+            a_occ: visibility of a's locations `[B, 1, H, W]`; it weights similarities.
+            b_occ: visibility of b's locations `[B, 1, H, W]`.
+
+        Returns:
+            `Correspondences`, two pairs of `[B, H, W]`: `b_location` and `similarity_a` for the locations of a,
+            `a_location` and `similarity_b` for those of b. The lowest location where several are as similar.
+
+        Raises:
+            TypeError, ValueError: as for `match_pairs`.
+
+        Example:
+            >>> matcher, maps = QAConv(8, 2, 2), torch.randn(1, 8, 2, 2)
+            >>> found = matcher.correspondences(maps, maps.flip(3))  # a mirror image: left is right
+            >>> found.b_location[0].tolist()
+            [[1, 0], [3, 2]]
+        """
+        self._check_pairs_of_maps(a, b, a_occ, b_occ, ("a", "b", "a_occ", "b_occ"))
+        values, places = [], []
+        for probe, gallery, index in _pairs(a, b, a_occ, b_occ):
+            pooled, argmax, _ = ops.max_correlation(probe, gallery, index, None, False, False)
+            values.append(pooled)
+            places.append(argmax)
+        shape = (-1, self.height, self.width)
+        (on_a, on_b), (b_location, a_location) = (
+            [part.reshape(shape) for part in torch.cat(parts).chunk(2, dim=-1)] for parts in (values, places)
+        )
+        return Correspondences(b_location.long(), on_a, a_location.long(), on_b)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute_class_neighbors(self, *, progress: bool | Progress = False) -> Tensor:
@@ -303,9 +348,7 @@ class QAConv(nn.Module):
             scores = self.class_scores(prob_fea, labels, prob_occ).to_dense()
         else:
             probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-            scores = self._score_tiles(
-                probe, lambda rows: table[rows], table.shape[0], normalize_gallery=True, evaluate=False
-            )
+            scores = self._score(probe, table, raw=True)
         if gal_occ is not None and not self._warned_of_gallery_visibility:
             self._warned_of_gallery_visibility = True
             # five frames up: this one, forward, two of nn.Module, the caller
@@ -323,38 +366,38 @@ class QAConv(nn.Module):
                 return probe[rows]
             return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
 
-        return self._score_tiles(probe, gallery, gal_fea.shape[0], normalize_gallery=False, evaluate=evaluate)
+        count = gal_fea.shape[0]
+        step = max(1, MAP_BYTES // (4 * self.num_features * self.height * self.width))
+        if count <= step or not self._only_sums(evaluate):
+            return self._score(probe, gallery(slice(0, count)), evaluate=evaluate)
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        return torch.cat([self._score(probe, gallery(part), evaluate=evaluate) for part in parts], dim=1)
 
-    def _score_tiles(
+    def _only_sums(self, evaluate: bool) -> bool:
+        """Whether neither gradients nor batch statistics need the pooled values."""
+        return is_frozen(self.bn, self.logit_bn, evaluate=evaluate) and not torch.is_grad_enabled()
+
+    def _score(
         self,
         probe: Tensor,
-        gallery: Callable[[slice], Tensor],
-        count: int,
+        gallery: Tensor,
+        index: Tensor | None = None,
+        group: Tensor | None = None,
         *,
-        normalize_gallery: bool,
-        evaluate: bool,
+        raw: bool = False,
+        evaluate: bool = False,
+        valid: Tensor | None = None,
     ) -> Tensor:
-        """Score prepared probes against `count` gallery maps, in tiles of pairs where nothing ties the pairs together.
+        """Score prepared probes against prepared gallery maps, or the `raw` class table; `index`, `group` as of the op.
 
-        Gradients and batch statistics do: they see every pooled value of the call.
+        Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
         """
-
-        def score(part: Tensor, maps: Tensor) -> Tensor:
-            pooled = ops.max_correlation(part, maps, None, None, normalize_gallery, False)[0]
-            return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate)
-
-        frozen = evaluate or not (self.bn.training or self.logit_bn.training)
-        locations = self.height * self.width
-        most_probes = max(1, min(probe.shape[0], 256))
-        most_maps = max(1, MAP_BYTES // (4 * self.num_features * locations))
-        width = max(1, min(POOLED_BYTES // (8 * locations * most_probes), most_maps))
-        if torch.is_grad_enabled() or not frozen or (probe.shape[0] <= most_probes and count <= width):
-            return score(probe, gallery(slice(0, count)))
-        columns = []
-        for start in range(0, count, width):
-            maps = gallery(slice(start, min(start + width, count)))
-            columns.append(torch.cat([score(part, maps) for part in probe.split(most_probes)]))
-        return torch.cat(columns, dim=1)
+        if self._only_sums(evaluate):
+            weight, shift = folded(self.bn, self.fc, self.logit_bn, cpu.accumulation_dtype(probe.dtype))
+            sums: Tensor = ops.pair_sums(probe, gallery, index, group, raw, weight)
+            return sums + shift
+        pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and self.sparse_grad)[0]
+        return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate, valid=valid)
 
     def _class_table(self) -> Tensor:
         if self.class_embed is None:
@@ -374,9 +417,29 @@ class QAConv(nn.Module):
         if visibility is not None:
             check_visibility(visibility, visibility_name, maps)
 
+    def _check_pairs_of_maps(
+        self, a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None, names: tuple[str, str, str, str]
+    ) -> None:
+        self._check_maps(a, a_occ, names[0], names[2])
+        self._check_maps(b, b_occ, names[1], names[3])
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(
+                f"pairs need as many maps in {names[1]} as in {names[0]}, got {list(b.shape)} for {list(a.shape)}"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # Maps of one step, with their graph, and a mere hint: neither copied nor pickled.
         return {**self.__dict__, "_kernel": None, "_last_graph": None}
+
+
+def _pairs(a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Prepared maps of `a` and `b`, some at a time, and the index that pairs them; once even if there are none."""
+    dtype = functional.correlation_dtype(a)
+    for start in range(0, max(a.shape[0], 1), PAIRS):
+        rows = slice(start, start + PAIRS)
+        probe = functional.prepare_maps(a[rows], _rows(a_occ, rows), dtype)
+        gallery = functional.prepare_maps(b[rows], _rows(b_occ, rows), dtype)
+        yield probe, gallery, torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)
 
 
 def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:

@@ -85,8 +85,8 @@ def max_correlation(
 
     Returns:
         pooled `[P, K or G, 2S]` fp32 (fp64 for fp64): the maximum over r for every s, then over s for every r;
-        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery `[P, K or G, S]`, empty
-        without `normalize_gallery`. Only pooled is differentiable, once.
+        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery `[P, K, S]`, `[1, G, S]`
+        without an index, empty without `normalize_gallery`. Only pooled is differentiable, once.
     """
     forward = cpu.max_correlation
     if uses_triton(probe.device, probe.dtype):
@@ -116,8 +116,36 @@ def _(
     dtype = cpu.accumulation_dtype(probe.dtype)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
-    rnorm = probe.new_empty((probes, neighbors, locations) if normalize_gallery else (0,), dtype=dtype)
+    owners = probes if index is not None else 1
+    rnorm = probe.new_empty((owners, neighbors, locations) if normalize_gallery else (0,), dtype=dtype)
     return pooled, argmax, rnorm
+
+
+@torch.library.custom_op("qaconv_triton::pair_sums", mutates_args=())
+def pair_sums(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
+) -> Tensor:
+    """One number per pair, `[P, K or G]`: `weight [2S]` times the pooled values that `max_correlation` would return.
+
+    Neither these nor where the best matches are is kept. Not differentiable. `weight` has the dtype of the result.
+    """
+    sums = cpu.pair_sums
+    if uses_triton(probe.device, probe.dtype):
+        from .kernels import max_correlation as kernel
+
+        sums = kernel.pair_sums
+    index = None if index is None else index.contiguous()
+    with _as_given(probe):
+        maps = _locations(probe).contiguous()
+        return sums(maps, _locations(gallery), index, group, normalize_gallery, weight.contiguous())
+
+
+@pair_sums.register_fake
+def _(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
+) -> Tensor:
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
+    return probe.new_empty(probe.shape[0], neighbors, dtype=cpu.accumulation_dtype(probe.dtype))
 
 
 @torch.library.custom_op("qaconv_triton::max_correlation_backward", mutates_args=())

@@ -72,10 +72,7 @@ def pair_scores(
         TypeError: a `SyncBatchNorm`, whose statistics would be those of all processes.
         ValueError: batch statistics of a single pair.
     """
-    if isinstance(bn, nn.SyncBatchNorm) or isinstance(logit_bn, nn.SyncBatchNorm):
-        raise TypeError(
-            "QAConv's batch norms see one process's pairs; convert_sync_batchnorm must leave the matcher out"
-        )
+    _check_norms(bn, logit_bn)
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:
         return pooled.sum(-1)
@@ -91,6 +88,48 @@ def pair_scores(
         centred, scale, shift = _batch_norm(logit_bn, logits, mask, evaluate)
         scores = centred * scale + shift
         return scores if mask is None else torch.where(mask, scores, torch.nan)
+
+
+def is_frozen(bn: nn.BatchNorm1d, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> bool:
+    """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
+    return not (_uses_batch(bn, evaluate) or _uses_batch(logit_bn, evaluate))
+
+
+@torch.no_grad()
+def folded(bn: nn.BatchNorm1d, fc: nn.Linear, logit_bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Fold frozen norms into `fc`: a score is `weight [2S]` times the pair's pooled values, plus `shift []`.
+
+    Raises:
+        TypeError: a `SyncBatchNorm`.
+    """
+    _check_norms(bn, logit_bn)
+    scale, shift = _affine(bn)
+    weight = fc.weight.double().squeeze(0)
+    logit = shift * weight.sum()
+    if fc.bias is not None:
+        logit = logit + fc.bias.double().squeeze(0)
+    outer_scale, outer_shift = _affine(logit_bn)
+    return (outer_scale * scale * weight).to(dtype), (outer_scale * logit + outer_shift).to(dtype)
+
+
+def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """A frozen norm of one channel as scale and shift, both `[]`, in fp64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.squeeze(0), shift.squeeze(0)
+
+
+def _check_norms(bn: nn.Module, logit_bn: nn.Module) -> None:
+    if isinstance(bn, nn.SyncBatchNorm) or isinstance(logit_bn, nn.SyncBatchNorm):
+        raise TypeError(
+            "QAConv's batch norms see one process's pairs; convert_sync_batchnorm must leave the matcher out"
+        )
 
 
 def check_pairs(pairs: int, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import graph, measure
+from bench import graph, measure, table
 from bench.measure import Provider, Verdict
 
 CPU = torch.device("cpu")
@@ -100,7 +100,39 @@ def test_a_wrong_result_or_an_error_has_no_number() -> None:
     for row in found[1:]:
         numbers = (row.median_s, row.lower_s, row.upper_s, row.ratio, row.tflops, row.share_of_matmul, row.peak_bytes)
         assert numbers == (None,) * 7
-    assert "| wrong |  |  |  |  |  |  | 0.50000 | wrong: 3 is not 2 |" in measure.markdown(found)
+    printed = table.markdown(found)
+    assert (
+        "| provider | median | quartiles | useful TFLOP/s | of torch.mm | recall | note |" in printed
+    )  # none is empty
+    assert "| wrong |  |  |  |  | 0.50000 | wrong: 3 is not 2 |" in printed
+
+
+def test_a_provider_that_cannot_be_prepared_is_a_row() -> None:
+    def prepare() -> Callable[[], object]:
+        raise ImportError("no compiler")
+
+    providers = [
+        Provider("right", measure.attempt(lambda: lambda: 2), _fine),
+        Provider("unprepared", measure.attempt(prepare), _fine),
+    ]
+    timings = measure.compare(providers, base="right", repeats=1, device=CPU)
+    assert [timing.status for timing in timings.values()] == ["ok", "failed: ImportError: no compiler"]
+
+
+def test_a_provider_may_have_fewer_rounds_and_other_work() -> None:
+    providers = [
+        Provider("all", lambda: time.sleep(0.001), _fine),
+        Provider("fewer", lambda: time.sleep(0.001), _fine, rounds=2, flops=5e6, moved=7e6),
+    ]
+    every, fewer = measure.rows(
+        "op", "case", torch.float32, providers, base="all", repeats=3, device=CPU, flops=1e6, moved=2e6, part="step"
+    )
+    assert (every.repeats, fewer.repeats) == (3, 2)
+    assert every.part == fewer.part == "step"
+    for row, flops, moved in ((every, 1e6, 2e6), (fewer, 5e6, 7e6)):
+        assert row.tflops == pytest.approx(flops / row.median_s / 1e12)
+        assert row.share_of_copy == pytest.approx(moved / row.median_s / 1e9 / row.copy_gbs)
+    assert "op case step float32" in table.markdown([every, fewer])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -128,7 +160,7 @@ def test_the_tiny_graph_case_from_the_command_line_to_the_file(
 ) -> None:
     command.main(_arguments("--no-memory", "--output", str(tmp_path)))
     (path,) = tmp_path.glob("*/graph.csv")
-    found = {row.provider: row for row in measure.read(path)}
+    found = {row.provider: row for row in table.read(path)}
     assert set(found) >= {"qaconv_triton", "qaconv_triton warm", "blocked mm + topk"}
     assert set(found) == set(graph.methods(graph.TINY, CPU))
     printed = capsys.readouterr().out
@@ -161,22 +193,30 @@ def test_rows_carry_peak_memory() -> None:
 
 
 def test_rows_survive_the_file_and_replace_their_predecessors(tmp_path: Path) -> None:
-    full = measure.Row(
+    full = table.Row(
         "graph", "9x9x9", "ours", "float32", "ok", 5, 0.1, 0.09, 0.2, 1 / 3, "ours", 7, 1e-9, 0.5, 2e-9, 12.5, 1.0,
         "float32", 'a, "quoted" note', "abc1234", "2.0", "3.0", "Some CPU @ 2 GHz", 2, "2000-01-01 00:00",
+        part="forward", share_of_copy=0.25,
     )  # fmt: skip
-    assert all(
-        value != field.default for field, value in zip(dataclasses.fields(full), dataclasses.astuple(full), strict=True)
-    )
-    wrong = measure.Row("graph", "9x9x9", "theirs", "float32", "wrong: x", device=full.device, threads=2)
-    (path,) = measure.save([full, wrong], tmp_path)
+    assert all(getattr(full, field.name) != field.default for field in dataclasses.fields(full))
+    wrong = table.Row("graph", "9x9x9", "theirs", "float32", "wrong: x", device=full.device, threads=2)
+    (path,) = table.save([full, wrong], tmp_path)
     assert path == tmp_path / "some-cpu-2-ghz" / "graph.csv"
-    assert measure.read(path) == [full, wrong]
+    assert table.read(path) == [full, wrong]
     newer = dataclasses.replace(full, median_s=0.3)
-    measure.save([newer], tmp_path)
+    table.save([newer], tmp_path)
     other = dataclasses.replace(full, dtype="bfloat16")
-    measure.save([other], tmp_path)
-    assert measure.read(path) == [newer, wrong, other]
+    table.save([other], tmp_path)
+    assert table.read(path) == [newer, wrong, other]
+    backward = dataclasses.replace(newer, part="backward")
+    table.save([backward], tmp_path)
+    assert table.read(path) == [newer, wrong, other, backward]
+
+
+def test_files_of_before_a_column_was_there_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "graph.csv"
+    path.write_text("op,case,provider,dtype,status,repeats\ngraph,9x9x9,ours,float32,ok,5\n", encoding="utf-8")
+    assert table.read(path) == [table.Row("graph", "9x9x9", "ours", "float32", "ok", 5)]
 
 
 @pytest.fixture(scope="module")

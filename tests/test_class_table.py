@@ -442,11 +442,11 @@ def test_sparse_step_never_holds_another_table(monkeypatch: pytest.MonkeyPatch, 
     assert 6 * 10 * 2 * 16 <= largest.elements < 5000
 
 
-def test_match_holds_a_bounded_number_of_pooled_values(monkeypatch: pytest.MonkeyPatch, largest: LargestTensor) -> None:
+def test_match_holds_no_pooled_values(monkeypatch: pytest.MonkeyPatch, largest: LargestTensor) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 2**9)
-    monkeypatch.setattr(matcher_module, "POOLED_BYTES", 4 * 2000)
+    monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * 1000)
     matcher, probe, gallery = build(), maps(30, 1), maps(40, 3)
     with largest:
         scores = matcher.match(probe, gallery)
     assert scores.shape == (30, 40)
-    assert 1200 <= largest.elements <= 2500 < 30 * 40 * 2 * S / 5
+    assert 1200 <= largest.elements <= 1500 < 30 * 40 * 2 * S / 5

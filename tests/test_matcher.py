@@ -310,7 +310,8 @@ def test_statistics_do_not_depend_on_the_order_of_pairs() -> None:
 def test_tiling_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, kind: str, block: int) -> None:
     """The eager model sees all pairs at once; so do the batch norms of every tiling, and the gradients."""
     monkeypatch.setattr(cpu, "BLOCK", block)
-    monkeypatch.setattr(matcher_module, "POOLED_BYTES", 16 * S * (block % 7))
+    monkeypatch.setattr(cpu, "ENTRIES", block % 90)
+    monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * C * S * (block % 3))
     if kind == "gallery":
         inputs = gallery_inputs(torch.float64, occluded=True)
     elif kind == "same":
@@ -324,12 +325,12 @@ def test_tiling_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, kind
         assert_close(matcher(**inputs), Eager(build(torch.float64, mode, num_classes=N, k_nearest=K))(**inputs), 1e-9)
 
 
-@pytest.mark.parametrize("pooled_bytes", [1, 16 * S * 3, 16 * S * 100])
-def test_match_in_tiles(monkeypatch: pytest.MonkeyPatch, pooled_bytes: int) -> None:
+@pytest.mark.parametrize("map_bytes", [1, 4 * C * S * 2, 4 * C * S * 100])
+def test_match_in_tiles(monkeypatch: pytest.MonkeyPatch, map_bytes: int) -> None:
     matcher = build(torch.float64)
     arguments = tuple(gallery_inputs(torch.float64, occluded=True).values())
     expected = Eager(matcher).eval()(arguments[0], arguments[1], None, *arguments[2:])
-    monkeypatch.setattr(matcher_module, "POOLED_BYTES", pooled_bytes)
+    monkeypatch.setattr(matcher_module, "MAP_BYTES", map_bytes)
     assert_close(matcher.match(*arguments), expected, 1e-9)
 
 

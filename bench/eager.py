@@ -1,0 +1,102 @@
+"""What one would write without this library: the baselines of `bench.scores`, in plain torch.
+
+Each takes the parameters of a `QAConv`, so that inputs, results and gradients can be compared one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from qaconv_triton import QAConv
+
+PAIRS = 4096  # scored at a time by `match`, in blocks of 64 probes and 64 gallery items
+
+
+def _maxima(corr: Tensor) -> Tensor:
+    """`[.., r, s]` to `[.., 2S]`."""
+    return torch.cat([corr.max(dim=-2).values, corr.max(dim=-1).values], dim=-1)
+
+
+def _score(matcher: QAConv, pooled: Tensor) -> Tensor:
+    """`logit_bn(fc(bn(pooled)))` by the modules themselves, in their dtype."""
+    pooled = pooled.to(matcher.fc.weight.dtype)
+    normed = matcher.bn(pooled.reshape(-1, 1)).view(-1, pooled.shape[-1])
+    scores: Tensor = matcher.logit_bn(matcher.fc(normed))
+    return scores.view(pooled.shape[:-1])
+
+
+def per_label(matcher: QAConv, features: Tensor, labels: Tensor) -> Tensor:
+    """The class path as users wrote it: normalise the whole table, then every label's correlations, label by label.
+
+    Kinder than what it stands for in one respect: batch norm sees the batch as a whole, as it has to.
+
+    Returns:
+        Dense scores `[B, N]`, zero but for the neighbours of each label.
+    """
+    assert matcher.class_embed is not None
+    assert matcher.class_neighbors is not None
+    table, probe = normalize(matcher.class_embed, dim=1).flatten(2), normalize(features, dim=1).flatten(2)
+    rows, pooled = [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        kernel = table[matcher.class_neighbors[label]]
+        corr = torch.einsum("pcs,gcr->pgrs", probe[members], kernel)
+        rows.append(members)
+        pooled.append(_maxima(corr))
+    values = _score(matcher, torch.cat(pooled))
+    order = torch.cat(rows)
+    scores = values.new_zeros(len(labels), len(table))
+    scores[order.unsqueeze(1), matcher.class_neighbors[labels[order]]] = values
+    return scores
+
+
+def vectorised(matcher: QAConv, features: Tensor, labels: Tensor, wide: bool = False) -> Tensor:
+    """The class path without a loop, tuned: only touched maps are gathered, and scaled after one batched product.
+
+    Maxima by `amax`, which is faster than `max` and differs only in sharing a gradient between equal maxima. `wide`
+    scales correlations in fp32: rounded to half precision after the product only, not again before the maxima.
+    Compiled, it has to: fused, those that the backward compares with the maxima are not rounded as the maxima were.
+    """
+    assert matcher.class_embed is not None
+    assert matcher.class_neighbors is not None
+    batch, channels = features.shape[:2]
+    ids = matcher.class_neighbors[labels]
+    probe = normalize(features, dim=1).flatten(2)
+    maps = matcher.class_embed.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [B, K, S, C], contiguous
+    locations = maps.shape[2]
+    corr = torch.bmm(maps.view(batch, -1, channels), probe).view(*maps.shape[:3], locations)
+    if wide and corr.dtype.itemsize == 2:
+        corr = corr.float()
+    corr = corr / torch.linalg.vector_norm(maps, dim=-1, keepdim=True).clamp_min(1e-12)
+    values = _score(matcher, torch.cat([corr.amax(-2), corr.amax(-1)], dim=-1))
+    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids, values)
+
+
+def all_pairs(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+    """All pairs as published: every correlation at once, `[P, G, S, S]`."""
+    probe, gallery = (normalize(maps, dim=1).flatten(2) for maps in (probe, gallery))
+    return _score(matcher, _maxima(torch.einsum("pcs,gcr->pgrs", probe, gallery)))
+
+
+def all_pairs_tuned(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+    """All pairs by one matrix product of the locations, maxima by `amax`."""
+    left, right = (normalize(maps, dim=1).permute(0, 2, 3, 1).reshape(-1, maps.shape[1]) for maps in (probe, gallery))
+    locations = matcher.height * matcher.width
+    corr = (left @ right.mT).view(len(probe), locations, len(gallery), locations)  # [P, s, G, r]
+    pooled = torch.cat([corr.amax(3).transpose(1, 2), corr.amax(1)], dim=-1)
+    return _score(matcher, pooled)
+
+
+@torch.no_grad()
+def match(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+    """All pairs of a probe set and a gallery in eval mode, block by block as published evaluation code does."""
+    assert not matcher.training
+    side = int(PAIRS**0.5)
+    return torch.cat(
+        [
+            torch.cat([all_pairs(matcher, part, maps) for maps in gallery.split(side)], dim=1)
+            for part in probe.split(side)
+        ]
+    )
