@@ -25,7 +25,7 @@ from .kernels.edges import inverse_list
 BLOCK = 2**20  # correlations at a time
 MAPS = 2**21  # numbers of the gallery maps at a time
 SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
-ENTRIES = 2**18  # terms of the gradients' sums at a time
+ENTRIES = 2**17  # terms of the gradients' sums at a time
 LAZY = 2**25  # bytes of zeros from which on they are left to the system
 
 
@@ -81,16 +81,14 @@ class Pairs:
             return values
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
-    def blocks(self) -> Iterator[Block]:
-        """All pairs once."""
-        most_pairs = max(1, BLOCK // self.locations**2)
-        most_maps = max(1, MAPS // (self.locations * self.channels))
+    def blocks(self, most_pairs: int, longest: int, most_maps: int) -> Iterator[Block]:
+        """All pairs once, so many at a time, of spans no longer than that, and with so many maps at a time."""
         most_sharing = max(1, min(most_pairs, SHARING // self.locations))
         parts = [min(most_sharing, size - done) for size in self.sizes for done in range(0, size, most_sharing)]
         first = 0
         for sharing, run in groupby(parts):
             waiting = len(list(run))
-            span = max(1, min(self.neighbors, most_pairs // sharing, most_maps))
+            span = max(1, min(self.neighbors, most_pairs // sharing, longest))
             most_lists = max(1, min(most_pairs // (sharing * span), most_maps // span))
             while waiting:
                 lists = 1 if self.index is None else min(waiting, most_lists)
@@ -124,7 +122,8 @@ class Peaks(NamedTuple):
 def _peaks(pairs: Pairs, half: torch.dtype, normalize_gallery: bool) -> Iterator[tuple[Block, Peaks]]:
     """The maxima of every block, both ways."""
     locations = pairs.locations
-    for block in pairs.blocks():
+    most_maps = max(1, MAPS // (locations * pairs.channels))
+    for block in pairs.blocks(max(1, BLOCK // locations**2), most_maps, most_maps):
         _, lists, sharing, _ = block
         ids = pairs.ids(block)
         maps = pairs.maps(block, ids)
@@ -186,10 +185,9 @@ def max_correlation(
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
     for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
-        shape = block.lists, block.sharing, pairs.neighbors, 2 * locations
-        for whole, (of_s, of_r) in ((pooled, peaks[0:3:2]), (argmax, peaks[1:4:2])):
-            part = whole[block.probes].view(shape)[:, :, block.span]
-            part[..., :locations], part[..., locations:] = of_s, of_r
+        for whole, first, second in ((pooled, peaks.over_r, peaks.over_s), (argmax, peaks.arg_r, peaks.arg_s)):
+            part = whole[block.probes].view(block.lists, block.sharing, *shape[1:])[:, :, block.span]
+            part[..., :locations], part[..., locations:] = first, second
         if peaks.norms is not None:
             owned = block.probes if index is not None else slice(1)
             rnorm[owned].view(block.lists, -1, *rnorm.shape[1:])[:, :, block.span] = peaks.norms.unsqueeze(1)
@@ -263,7 +261,8 @@ class Sums:
     """Sums of terms by the location that they belong to: `places` are `[E, 2S]`, below `count`. In a fixed order."""
 
     def __init__(self, places: Tensor, count: int) -> None:
-        ordered, self.order = places.flatten().sort(stable=True)
+        keys = places.flatten().to(torch.int16 if count < 2**15 else torch.int32)  # the narrower the faster
+        ordered, self.order = keys.sort(stable=True)
         bounds = torch.arange(count + 1, dtype=ordered.dtype, device=ordered.device)
         self.offsets = torch.searchsorted(ordered, bounds)
 
@@ -284,7 +283,8 @@ def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
     device, locations = total.device, pairs.locations
     everyone = torch.arange(total.shape[0], device=device) if pairs.order is None else pairs.order
     in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous()
-    for block in pairs.blocks():
+    most_pairs, most_maps = max(1, ENTRIES // (2 * locations)), max(1, MAPS // (locations * pairs.channels))
+    for block in pairs.blocks(most_pairs, most_maps, most_pairs if in_place else most_maps):
         k = torch.arange(block.span.start, block.span.stop, device=device)
         ids = pairs.ids(block)
         pair = everyone[block.probes].unsqueeze(1) * pairs.neighbors + k
