@@ -81,24 +81,28 @@ def cases() -> Iterator[Case]:
             group = torch.empty(256, dtype=torch.int64, device="meta")
             pooled = torch.empty(256, 256, 2 * locations, device="meta")
             argmax = pooled.to(torch.uint8)
-            rnorm = torch.empty(256, 256, locations, device="meta")
+            rnorm = torch.empty(10_572, locations, device="meta")
             edges = inverse_list(index, 10_572)
 
-            def forward(probe=probe, table=table, index=index, group=group):  # type: ignore[no-untyped-def]
-                return max_correlation.forward(probe, table, index, group, True)
+            def norms(table=table, edges=edges):  # type: ignore[no-untyped-def]
+                return max_correlation.inverse_norms(table, edges)
+
+            def forward(args=(probe, table, index, group, edges, rnorm, pooled, argmax)):  # type: ignore[no-untyped-def]
+                return max_correlation._launch_forward(*args)
 
             def all_pairs(probe=probe, gallery=probe):  # type: ignore[no-untyped-def]
-                return max_correlation.forward(probe, gallery, None, None, False)
+                return max_correlation.forward(probe, gallery, None, None, None, False)
 
             def match(probe=probe, gallery=probe, weight=pooled[0, 0]):  # type: ignore[no-untyped-def]
-                return max_correlation.pair_sums(probe, gallery, None, None, False, weight)
+                return max_correlation.pair_sums(probe, gallery, None, None, None, False, weight)
 
-            def probe_gradient(args=(pooled, argmax, rnorm, probe, table, index)):  # type: ignore[no-untyped-def]
+            def probe_gradient(args=(pooled, argmax, rnorm, probe, table, index, edges)):  # type: ignore[no-untyped-def]
                 return max_correlation.probe_gradient(*args)
 
             def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=False)
 
+            yield Case(f"norms {shape}", max_correlation, norms)
             yield Case(f"class path forward {shape}", max_correlation, forward)
             if dtype == table_dtype:
                 yield Case(f"all pairs forward {shape}", max_correlation, all_pairs)

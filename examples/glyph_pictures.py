@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qaconv_triton import QAConv
 from qaconv_triton.functional import class_neighbors
 
 ANCHORS = (
@@ -53,7 +54,9 @@ LINES = 12
 
 
 @torch.no_grad()
-def draw_correspondences(path: Path, backbone: nn.Module, glyphs: Glyphs, occluded: Tensor, visibility: Tensor) -> None:
+def draw_correspondences(
+    path: Path, backbone: nn.Module, matcher: QAConv, glyphs: Glyphs, occluded: Tensor, visibility: Tensor
+) -> None:
     """The best local matches of a test character, clean and occluded, with the same character in another face."""
     pairable = [glyph for glyph in range(len(glyphs)) if glyphs.covered[glyph, SERIF]]
     wanted = [glyph for mark in PAIR for glyph in pairable if glyphs.characters[glyph] == mark]
@@ -61,24 +64,23 @@ def draw_correspondences(path: Path, backbone: nn.Module, glyphs: Glyphs, occlud
     gallery = glyphs.images[glyph, SERIF][None, None].to(occluded.device)
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    everything = torch.ones(CELLS, CELLS)
+    everything = torch.ones(1, 1, CELLS, CELLS)
     query = glyphs.images[glyph, QUERY_FACE][None].to(occluded.device)
-    draw_matches(left, "clean", backbone, query, gallery[0], everything)
-    seen = visibility[glyph, 0].cpu()
+    draw_matches(left, "clean", backbone, matcher, query, gallery[0], everything.to(query.device))
     title = "occluded (shaded), with visibility map"
-    lines = draw_matches(right, title, backbone, occluded[glyph], gallery[0], seen)
+    lines = draw_matches(right, title, backbone, matcher, occluded[glyph], gallery[0], visibility[glyph, None])
     figure.colorbar(lines, ax=[left, right], label="correlation", shrink=0.8)
     figure.suptitle("Where an unseen character's locations find their best match in another face")
     figure.savefig(path, dpi=100)
 
 
 def draw_matches(
-    axes: Axes, title: str, backbone: nn.Module, probe: Tensor, gallery: Tensor, visibility: Tensor
+    axes: Axes, title: str, backbone: nn.Module, matcher: QAConv, probe: Tensor, gallery: Tensor, visibility: Tensor
 ) -> LineCollection:
-    """Draw the strongest lines of `corr[r, s]`'s maxima over r, from probe locations s that show ink."""
-    probe_map, gallery_map = F.normalize(backbone(torch.stack([probe, gallery])).flatten(2), dim=1).cpu()
-    correlation = visibility.flatten() * (gallery_map.mT @ probe_map)  # [r, s]
-    best, found = correlation.max(dim=0)
+    """Draw the strongest of the best matches of those probe locations that show ink."""
+    probe_map, gallery_map = backbone(torch.stack([probe, gallery])).split(1)
+    matches = matcher.correspondences(probe_map, gallery_map, visibility)
+    best, found, visibility = matches.similarity_a.flatten().cpu(), matches.b_location.flatten().cpu(), visibility.cpu()
     cell = SIZE // CELLS
     ink = F.avg_pool2d(probe.float().cpu(), cell).flatten() > 32
     chosen = (
@@ -88,7 +90,7 @@ def draw_matches(
     canvas = np.full((SIZE, offset + SIZE), 255, np.uint8)
     canvas[:, :SIZE], canvas[:, offset:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    shade = np.kron(1 - visibility.numpy(), np.ones((cell, cell)))
+    shade = np.kron(1 - visibility[0, 0].numpy(), np.ones((cell, cell)))
     axes.imshow(np.zeros_like(shade), cmap="autumn", alpha=0.45 * shade, extent=(-0.5, SIZE - 0.5, SIZE - 0.5, -0.5))
     start, end = center(chosen), center(found[chosen]) + torch.tensor([offset, 0.0])
     lines = LineCollection(torch.stack([start, end], dim=1).numpy(), array=best[chosen].numpy(), cmap="viridis")

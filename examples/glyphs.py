@@ -302,7 +302,12 @@ def main() -> None:
         if seed == options.seed:
             draw_neighbors(options.output / "neighbors.png", seen, runs["graph"].matcher.class_embed)
             draw_correspondences(
-                options.output / "correspondences.png", runs["graph"].backbone, unseen, test.occluded, test.visibility
+                options.output / "correspondences.png",
+                runs["graph"].backbone,
+                runs["graph"].matcher,
+                unseen,
+                test.occluded,
+                test.visibility,
             )
             curves = {METHODS[method]: (run.losses, run.accuracies) for method, run in runs.items()}
             draw_training(options.output / "training.png", curves)

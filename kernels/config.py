@@ -84,26 +84,27 @@ def _power_of_two(size: int, low: int, high: int) -> int:
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
-def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int, normalize: bool) -> Config:
+def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> Config:
     """Forward of max correlation: a `[BR, BS]` correlation tile; RESIDENT: with all channels of BS probe locations.
 
-    In half precision these stay in shared memory while neighbours stream past, where both fit without a spill: one
-    tile ahead, or two on Hopper where tiles need not pass through registers to be normalised. Else both maps are read
-    in steps of BC channels, with the stages that compile without a spill.
+    In half precision these stay in shared memory while neighbours stream past, one tile ahead, where that fits without
+    a spill. Else both maps are read in steps of BC channels.
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
     whole = _power_of_two(channels, 16, 2**16)
     num_warps = 8 if tile == LARGEST_TILE else 4
-    is_hopper = generation() // 10 == 9
-    if probe_size == gallery_size == 2 and (is_hopper or (generation() // 10 == 8 and not normalize)):
-        tiles = 3 if is_hopper and not normalize else 2
-        if tiles * 2 * tile * whole <= shared_memory() - 2**12:
-            resident = {"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}
-            return Config(resident, num_warps, num_stages=3 if normalize else 2)
-    step, num_stages = 32, 3
-    if probe_size == 2:
-        step, num_stages = 64, 3
-    return Config({"BS": tile, "BR": tile, "BC": min(whole, step), "RESIDENT": False}, num_warps, num_stages)
+    family = generation() // 10
+    buffers = 2 if family == 9 else 1  # of neighbours: Hopper's products read them where they lie
+    if probe_size == gallery_size == 2 and family in (8, 9):
+        if (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
+            return Config({"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}, num_warps, num_stages=2)
+    step = 64 if probe_size == 2 else 32
+    return Config({"BS": tile, "BR": tile, "BC": min(whole, step), "RESIDENT": False}, num_warps, num_stages=3)
+
+
+def norms(channels: int) -> Config:
+    """Inverse norms of BR locations at a time, channels in steps of BC."""
+    return Config({"BR": 16, "BC": _power_of_two(channels, 16, 512)}, num_warps=4, num_stages=1)
 
 
 def neighbors_per_program(probes: int, neighbors: int) -> int:

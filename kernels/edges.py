@@ -18,11 +18,33 @@ class Edges(NamedTuple):
     classes: int64 `[T]`, rising; -1 in unused slots, which come last and are empty.
     offsets: int64 `[T + 1]`.
     pairs: int64 `[B*K]`, positions in the flattened `[B, K]` index.
+    slots: int64 `[B*K]`, the slot of the pair at that position; -1 for a pair that is left out.
     """
 
     classes: Tensor
     offsets: Tensor
     pairs: Tensor
+    slots: Tensor
+
+    def packed(self) -> Tensor:
+        """All of it in one tensor, int64 `[2T + 1 + 2*B*K]`."""
+        return torch.cat(self)
+
+    @staticmethod
+    def unpacked(packed: Tensor, pairs: int) -> Edges:
+        """What `packed` made, for that many pairs; views."""
+        slots = packed_slots(packed.shape[0], pairs)
+        return Edges(*packed.split([slots, slots + 1, pairs, pairs]))
+
+
+def packed_size(pairs: int, num_classes: int) -> int:
+    """The length of a packed list."""
+    return 2 * min(pairs, num_classes) + 1 + 2 * pairs
+
+
+def packed_slots(size: int, pairs: int) -> int:
+    """T, from the length of a packed list."""
+    return (size - 1) // 2 - pairs
 
 
 def inverse_list(index: Tensor, num_classes: int) -> Edges:
@@ -39,4 +61,5 @@ def inverse_list(index: Tensor, num_classes: int) -> Edges:
     slot = torch.where(valid & (slot < slots), slot, slots)
     classes = flat.new_full((slots + 1,), -1).scatter_(0, slot, torch.where(valid, ids, -1))[:slots]
     offsets = torch.searchsorted(slot, torch.arange(slots + 1, device=flat.device))
-    return Edges(classes, offsets, pairs)
+    of_pairs = torch.empty_like(slot).scatter_(0, pairs, torch.where(valid, slot, -1))
+    return Edges(classes, offsets, pairs, of_pairs)

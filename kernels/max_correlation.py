@@ -18,15 +18,65 @@ from .edges import Edges
 from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, squares, unsortable
 
 
+@triton.jit
+def _norms_kernel(
+    p_gallery,  # [G, S, C], any strides
+    p_classes,  # [T] int64: the gallery map of slot t, -1 for none
+    p_rnorm,  # [T or G, S] fp32
+    S,
+    C,
+    stride_gallery_g,
+    stride_gallery_s,
+    stride_gallery_c,
+    HAS_INDEX: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_slot = tl.program_id(0).to(tl.int64)
+    i_g = i_slot
+    if HAS_INDEX:
+        i_g = tl.load(p_classes + i_slot)
+    for i_r in range(0, S, BR):
+        o_r = i_r + tl.arange(0, BR)
+        m_r = (o_r < S) & (i_g >= 0)
+        p_map = p_gallery + i_g * stride_gallery_g + o_r[:, None].to(tl.int64) * stride_gallery_s
+        b_squares = tl.zeros([BR], tl.float32)
+        for i_c in range(0, C, BC):
+            o_c = i_c + tl.arange(0, BC)
+            m_c = o_c < C
+            b_map = tl.load(p_map + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0)
+            b_squares += squares(b_map)
+        tl.store(p_rnorm + i_slot * S + o_r, inverse_norm(b_squares), mask=o_r < S)
+
+
+def inverse_norms(gallery: Tensor, edges: Edges | None) -> Tensor:
+    """Launch the norms of `gallery [G, S, C]`: `1 / |g|` over C, fp32 `[G, S]`, or `[T, S]` for the slots of `edges`.
+
+    They are a pass of their own over the touched maps, which costs less than taking them from the tiles of the product:
+    every pair would take them again, and their sums would hold up the products.
+    """
+    locations, channels = gallery.shape[1:]
+    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    rnorm = gallery.new_empty(slots, locations, dtype=torch.float32)
+    if rnorm.numel():
+        tiles, num_warps, num_stages = config.norms(channels)
+        _norms_kernel[(slots,)](
+            gallery, None if edges is None else edges.classes, rnorm, locations, channels, *gallery.stride(),
+            HAS_INDEX=edges is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+    return rnorm
+
+
 @triton.jit(do_not_specialize=["P", "K", "KP"])
 def _forward_kernel(
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
+    p_slots,  # [P, K] int64, rows of p_rnorm
     p_order,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
     p_pooled,  # [P, K, 2S] fp32; with SUM [P, K, S], maxima over s of maps of more than BS locations
     p_argmax,  # [P, K, 2S] uint8 or int16
-    p_rnorm,  # [P or 1, K, S] fp32
+    p_rnorm,  # [T or G, S] fp32
     p_weight,  # [2S] fp32, of the pooled values in p_sums
     p_sums,  # [P, K] fp32
     P,
@@ -86,14 +136,11 @@ def _forward_kernel(
 
             # [BR, BC] @ [BC, BS] -> [BR, BS]
             b_corr = tl.zeros([BR, BS], tl.float32)
-            b_squares = tl.zeros([BR], tl.float32)
             if RESIDENT:
                 o_c = tl.arange(0, BC)
                 b_neighbor = tl.load(
                     p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & (o_c < C)[None, :], other=0.0
                 )
-                if NORMALIZE:
-                    b_squares = squares(b_neighbor)
                 b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
             else:
                 for i_c in range(0, C, BC):
@@ -103,18 +150,15 @@ def _forward_kernel(
                         p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
                     )
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
-                    if NORMALIZE:
-                        b_squares += squares(b_neighbor)
                     if WIDEN:
                         b_probe = b_probe.to(tl.float32)
                     b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
             if NORMALIZE:
-                b_rnorm = inverse_norm(b_squares)
+                i_slot = i_g
+                if HAS_INDEX:
+                    i_slot = tl.load(p_slots + i_pair)
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & is_pair, other=0.0)
                 b_corr *= b_rnorm[:, None]
-                if not SUM:
-                    is_owner = (i_s == 0) & (HAS_INDEX | (i_p == 0))
-                    o_norm = (i_pair if HAS_INDEX else i_k) * S + o_r
-                    tl.store(p_rnorm + o_norm, b_rnorm, mask=m_r & is_owner)
             b_corr = tl.where(is_pair, b_corr, float("nan"))
             b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
 
@@ -159,29 +203,29 @@ def _forward_kernel(
 
 
 def forward(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
+    normalize_gallery: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the forward for `probe [P, S, C]` (contiguous) and `gallery [G, S, C]`; see `ops.max_correlation`.
 
     Returns:
-        pooled fp32 `[P, K, 2S]`, argmax `[P, K, 2S]`, and the inverse norms of the neighbours' locations fp32
-        `[P, K, S]`, or `[1, G, S]` without an index (empty unless `normalize_gallery`).
+        pooled fp32 `[P, K, 2S]`, argmax `[P, K, 2S]`, and `inverse_norms` (empty unless `normalize_gallery`).
     """
     probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
-    owners = probes if index is not None else 1
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
-    rnorm = probe.new_empty((owners, neighbors, locations) if normalize_gallery else 0, dtype=torch.float32)
+    rnorm = inverse_norms(gallery, edges) if normalize_gallery else pooled.new_empty(0)
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
-        return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
-    _launch_forward(probe, gallery, index, group, pooled, argmax, rnorm, None, None, NORMALIZE=normalize_gallery)
+        return pooled.fill_(torch.nan), argmax.zero_(), rnorm
+    _launch_forward(probe, gallery, index, group, edges, rnorm, pooled, argmax)
     return pooled, argmax, rnorm
 
 
 def pair_sums(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
-) -> Tensor:
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
+    normalize_gallery: bool, weight: Tensor,
+) -> Tensor:  # fmt: skip
     """Launch the forward for `weight [2S]` (fp32) times the pooled values of every pair, fp32 `[P, K]`.
 
     Maps of one tile need no memory but the result; of larger ones the maxima over s of `PARTIAL_BYTES` at a time.
@@ -191,36 +235,41 @@ def pair_sums(
     sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
     if sums.numel() == 0 or gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
+    rnorm = inverse_norms(gallery, edges) if normalize_gallery else sums.new_empty(0)
     if locations <= config.LARGEST_TILE:
-        _launch_forward(probe, gallery, index, group, None, None, None, weight, sums, NORMALIZE=normalize_gallery)
+        _launch_forward(probe, gallery, index, group, edges, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
     for start in range(0, neighbors, step):
         part = slice(start, min(start + step, neighbors))
-        maps, ids = (gallery[part], None) if index is None else (gallery, index[:, part].contiguous())
-        found = sums if step >= neighbors else sums.new_empty(probes, part.stop - part.start)
+        found = sums.new_empty(probes, part.stop - part.start)
         over_s = sums.new_empty(*found.shape, locations)
-        _launch_forward(probe, maps, ids, group, over_s, None, None, weight, found, NORMALIZE=normalize_gallery)
+        if index is None:
+            _launch_forward(probe, gallery[part], None, None, None, rnorm[part], over_s, weight=weight, sums=found)
+        else:
+            some = None if edges is None else edges._replace(slots=edges.slots.view_as(index)[:, part].contiguous())
+            ids = index[:, part].contiguous()
+            _launch_forward(probe, gallery, ids, group, some, rnorm, over_s, weight=weight, sums=found)
         sums[:, part] = found
     return sums
 
 
 def _launch_forward(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None,
-    pooled: Tensor | None, argmax: Tensor | None, rnorm: Tensor | None, weight: Tensor | None, sums: Tensor | None,
-    NORMALIZE: bool,
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
+    rnorm: Tensor, pooled: Tensor | None = None, argmax: Tensor | None = None, *,
+    weight: Tensor | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     probes, locations, channels = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     tiles, num_warps, num_stages = config.correlation_forward(
-        locations, channels, probe.element_size(), gallery.element_size(), NORMALIZE
+        locations, channels, probe.element_size(), gallery.element_size()
     )
     order = None if group is None else group.argsort(stable=True)
     share = config.neighbors_per_program(probes, neighbors)
     _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
-        probe, gallery, index, order, pooled, argmax, rnorm, weight, sums,
+        probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, weight, sums,
         probes, neighbors, share, locations, channels, *gallery.stride(),
-        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=NORMALIZE, SUM=sums is not None,
+        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=rnorm.numel() > 0, SUM=sums is not None,
         SPLIT=locations > tiles["BS"], **config.operands(probe.dtype, gallery.dtype), **tiles,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
@@ -230,9 +279,10 @@ def _launch_forward(
 def _probe_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
-    p_rnorm,  # [P or 1, K, S] fp32
+    p_rnorm,  # [T or G, S] fp32
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
+    p_slots,  # [P, K] int64, rows of p_rnorm
     p_scale,  # [1] fp32, brings the gradients into the range of half precision
     p_out,  # [P, S, C]
     K,
@@ -263,6 +313,9 @@ def _probe_gradient_kernel(
         if HAS_INDEX:
             i_g = tl.load(p_index + i_pair)
         is_pair = i_g >= 0
+        i_slot = i_g
+        if HAS_INDEX and NORMALIZE:
+            i_slot = tl.load(p_slots + i_pair)
         p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
         m_pair_s = m_s & is_pair
         o_pair = i_pair * 2 * S
@@ -275,8 +328,7 @@ def _probe_gradient_kernel(
             b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
             b_weight = match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r)
             if NORMALIZE:
-                i_norm = i_pair if HAS_INDEX else i_g
-                b_weight *= tl.load(p_rnorm + i_norm * S + o_r, mask=m_r, other=0.0)[None, :]
+                b_weight *= tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)[None, :]
             b_neighbor = tl.load(
                 p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
                 mask=m_r[:, None] & m_c[None, :],
@@ -290,8 +342,9 @@ def _probe_gradient_kernel(
 
 
 def probe_gradient(
-    grad: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None
-) -> Tensor:
+    grad: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None,
+    edges: Edges | None,
+) -> Tensor:  # fmt: skip
     """Launch the gradient to the probe maps, `[P, S, C]` in their dtype, from `grad` fp32 `[P, K, 2S]`."""
     probes, locations, channels = probe.shape
     out = torch.empty_like(probe)
@@ -302,7 +355,7 @@ def probe_gradient(
     )
     grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
     _probe_gradient_kernel[grid](
-        grad, argmax, rnorm, gallery, index, gradient_scale(grad), out,
+        grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, gradient_scale(grad), out,
         grad.shape[1], locations, channels, *gallery.stride(),
         HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0,
         **config.operands(probe.dtype, gallery.dtype), **tiles, num_warps=num_warps, num_stages=num_stages,
@@ -315,7 +368,7 @@ def _gallery_gradient_kernel(
     p_grad,  # [P, K, 2S] fp32
     p_pooled,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
-    p_rnorm,  # [P or 1, K, S] fp32
+    p_rnorm,  # [T or G, S] fp32
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
     p_classes,  # [T] int64: the gallery map of slot t, -1 for none
@@ -354,7 +407,6 @@ def _gallery_gradient_kernel(
 
     b_out = tl.zeros([BR, BC], tl.float32)
     b_along = tl.zeros([BR], tl.float32)  # <unit neighbour, its gradient>: the part that normalising removes
-    b_rnorm = tl.zeros([BR], tl.float32)
     for i in range(i_begin, i_end):
         i_pair = i * K + i_slot
         if HAS_INDEX:
@@ -365,8 +417,6 @@ def _gallery_gradient_kernel(
         b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
         if NORMALIZE:
             b_along += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
-            i_norm = i_pair if HAS_INDEX else i_slot
-            b_rnorm = tl.load(p_rnorm + i_norm * S + o_r, mask=m_r, other=0.0)
         for i_s in range(0, S, BS):
             o_s = i_s + tl.arange(0, BS)
             m_s = o_s < S
@@ -384,6 +434,7 @@ def _gallery_gradient_kernel(
 
     m_out = m_r[:, None] & m_c[None, :] & (i_g >= 0)
     if NORMALIZE:
+        b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c
         b_unit = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0).to(tl.float32)
         b_unit *= b_rnorm[:, None]
@@ -409,7 +460,7 @@ def gallery_gradient(
     out = allocate((rows, locations, channels))
     if out.numel() == 0 or grad.numel() == 0 or slots == 0:
         return out
-    classes, offsets, pairs = edges if edges is not None else (None, None, None)
+    classes, offsets, pairs = edges[:3] if edges is not None else (None, None, None)
     tiles, num_warps, num_stages = config.correlation_backward(
         locations, channels, max(probe.element_size(), gallery.element_size())
     )

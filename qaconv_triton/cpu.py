@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, max_pool2d
 
 from .kernels.config import argmax_dtype
-from .kernels.edges import inverse_list
+from .kernels.edges import Edges
 
 BLOCK = 2**20  # correlations at a time
 MAPS = 2**21  # numbers of the gallery maps at a time
@@ -110,17 +110,28 @@ class Pairs:
 
 
 class Peaks(NamedTuple):
-    """Best matches of a block: `[L, m, k, S]` over r and where, then over s and where; inverse norms `[L, k, S]`."""
+    """Best matches of a block: `[L, m, k, S]` over r and where, then over s and where."""
 
     over_r: Tensor
     arg_r: Tensor
     over_s: Tensor
     arg_s: Tensor
-    norms: Tensor | None
 
 
-def _peaks(pairs: Pairs, half: torch.dtype, normalize_gallery: bool) -> Iterator[tuple[Block, Peaks]]:
+def inverse_norms(gallery: Tensor, edges: Edges | None, dtype: torch.dtype) -> Tensor:
+    """`1 / |g|` over C in `dtype`, `[G, S]`, or `[T, S]` for the slots of `edges`; some maps at a time."""
+    step = max(1, MAPS // max(1, gallery.shape[1] * gallery.shape[2]))
+    if edges is None:
+        parts = list(gallery.split(step))
+    else:
+        parts = [gallery.index_select(0, ids) for ids in edges.classes.clamp(min=0).split(step)]
+    norms = [inverse_norm(part, dtype) for part in parts]
+    return torch.cat(norms) if norms else gallery.new_empty(0, gallery.shape[1], dtype=dtype)
+
+
+def _peaks(pairs: Pairs, half: torch.dtype, rnorm: Tensor, edges: Edges | None) -> Iterator[tuple[Block, Peaks]]:
     """The maxima of every block, both ways."""
+    slots = None if edges is None or pairs.index is None else pairs.ordered(edges.slots.view_as(pairs.index))
     locations = pairs.locations
     most_maps = max(1, MAPS // (locations * pairs.channels))
     for block in pairs.blocks(max(1, BLOCK // locations**2), most_maps, most_maps):
@@ -130,10 +141,9 @@ def _peaks(pairs: Pairs, half: torch.dtype, normalize_gallery: bool) -> Iterator
         probe = pairs.probe[block.probes].reshape(lists, sharing * locations, pairs.channels)
         with _products(half):
             corr = maps.flatten(1, 2) @ probe.mT  # [L, k*r, m*s]
-        norms = None
-        if normalize_gallery:
-            norms = inverse_norm(maps, pairs.dtype)
-            corr *= norms.view(lists, -1, 1)
+        if rnorm.numel():
+            rows = block.span if slots is None else slots[block.probes, block.span][:: block.sharing]
+            corr *= rnorm[rows].view(lists, -1, 1)
         if ids is not None and ids.numel() and ids.min() < 0:
             corr.view(*ids.shape, -1)[ids < 0] = torch.nan
         over_r, arg_r = (
@@ -144,7 +154,7 @@ def _peaks(pairs: Pairs, half: torch.dtype, normalize_gallery: bool) -> Iterator
             values.view(lists, sharing, -1, locations)
             for values in _max(corr.mT.reshape(lists * sharing, locations, -1))
         )
-        yield block, Peaks(over_r, arg_r, over_s, arg_s, norms)
+        yield block, Peaks(over_r, arg_r, over_s, arg_s)
 
 
 def _max(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,30 +182,37 @@ def _products(dtype: torch.dtype) -> Iterator[None]:
 
 
 def max_correlation(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    edges: Edges | None,
+    normalize_gallery: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `kernels.max_correlation.forward`: pooled and argmax `[P, K, 2S]`, inverse norms `[P or 1, K, S]`."""
+    """As `kernels.max_correlation.forward`: pooled and argmax `[P, K, 2S]`, inverse norms `[T or G, S]`."""
     pairs = Pairs(probe, gallery, index, group)
     probes, locations = probe.shape[:2]
     shape = (probes, pairs.neighbors, 2 * locations)
     pooled = probe.new_empty(shape, dtype=pairs.dtype)
     argmax = probe.new_empty(shape, dtype=argmax_dtype(locations))
-    owners = probes if index is not None else 1
-    rnorm = probe.new_zeros((owners, pairs.neighbors, locations) if normalize_gallery else 0, dtype=pairs.dtype)
+    rnorm = inverse_norms(gallery, edges, pairs.dtype) if normalize_gallery else pooled.new_empty(0)
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
-        return pooled.fill_(torch.nan), argmax.zero_(), rnorm.fill_(torch.nan)
-    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
+        return pooled.fill_(torch.nan), argmax.zero_(), rnorm
+    for block, peaks in _peaks(pairs, probe.dtype, rnorm, edges):
         for whole, first, second in ((pooled, peaks.over_r, peaks.over_s), (argmax, peaks.arg_r, peaks.arg_s)):
             part = whole[block.probes].view(block.lists, block.sharing, *shape[1:])[:, :, block.span]
             part[..., :locations], part[..., locations:] = first, second
-        if peaks.norms is not None:
-            owned = block.probes if index is not None else slice(1)
-            rnorm[owned].view(block.lists, -1, *rnorm.shape[1:])[:, :, block.span] = peaks.norms.unsqueeze(1)
-    return pairs.restored(pooled), pairs.restored(argmax), rnorm if index is None else pairs.restored(rnorm)
+    return pairs.restored(pooled), pairs.restored(argmax), rnorm
 
 
 def pair_sums(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None,
+    group: Tensor | None,
+    edges: Edges | None,
+    normalize_gallery: bool,
+    weight: Tensor,
 ) -> Tensor:
     """As `kernels.max_correlation.pair_sums`: `weight [2S]` times the pooled values of every pair, `[P, K]`."""
     pairs = Pairs(probe, gallery, index, group)
@@ -203,19 +220,21 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
+    rnorm = inverse_norms(gallery, edges, pairs.dtype) if normalize_gallery else sums.new_empty(0)
+    for block, peaks in _peaks(pairs, probe.dtype, rnorm, edges):
         found = peaks.over_r @ weight[:locations] + peaks.over_s @ weight[locations:]
         sums[block.probes, block.span] = found.flatten(0, 1)
     return pairs.restored(sums)
 
 
 class Saved(NamedTuple):
-    """What the backward knows of every pair `[P*K, ..]`: upstream gradient, pooled, argmax; inverse norms `[.., S]`."""
+    """What the backward knows of every pair `[P*K, ..]`, upstream gradient, pooled, argmax; norms as returned."""
 
     grad: Tensor
     pooled: Tensor
     argmax: Tensor
     rnorm: Tensor
+    edges: Edges | None
 
 
 def max_correlation_backward(
@@ -223,6 +242,7 @@ def max_correlation_backward(
     pooled: Tensor,
     argmax: Tensor,
     rnorm: Tensor,
+    edges: Edges | None,
     probe: Tensor,
     gallery: Tensor,
     index: Tensor | None,
@@ -232,7 +252,7 @@ def max_correlation_backward(
     needs_gallery: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients, `[P, S, C]` and `[G, S, C]`; for the gallery maps `rows [T]` (rising) only where given."""
-    saved = Saved(grad.flatten(0, 1), pooled.flatten(0, 1), argmax.flatten(0, 1), rnorm.view(-1, probe.shape[1]))
+    saved = Saved(grad.flatten(0, 1), pooled.flatten(0, 1), argmax.flatten(0, 1), rnorm, edges)
     to_probe, to_gallery = probe.new_empty(0), gallery.new_empty(0)
     if needs_probe:
         to_probe = _to_probe(saved, Pairs(probe, gallery, index, group)).to(probe.dtype)
@@ -252,9 +272,9 @@ class Terms:
         here = torch.arange(arg_r.shape[1], dtype=torch.int32, device=pair.device).expand_as(arg_r)
         self.s, self.r = torch.cat([here, arg_s], dim=1), torch.cat([arg_r, here], dim=1)
         self.weights = saved.grad[pair]
-        if saved.rnorm.shape[0]:
-            norms = saved.rnorm[pair % saved.rnorm.shape[0]]  # of the gallery map, or of the pair
-            self.weights = self.weights * norms.gather(1, self.r.long())
+        if saved.rnorm.numel():
+            slots = pair % saved.rnorm.shape[0] if saved.edges is None else saved.edges.slots[pair]
+            self.weights = self.weights * saved.rnorm[slots].gather(1, self.r.long())
 
 
 class Sums:
@@ -285,25 +305,23 @@ def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
     in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous()
     most_pairs, most_maps = max(1, ENTRIES // (2 * locations)), max(1, MAPS // (locations * pairs.channels))
     for block in pairs.blocks(most_pairs, most_maps, most_pairs if in_place else most_maps):
+        part = total[block.probes]
         k = torch.arange(block.span.start, block.span.stop, device=device)
-        ids = pairs.ids(block)
+        lists = pairs.ids(block)
         pair = everyone[block.probes].unsqueeze(1) * pairs.neighbors + k
         own = torch.arange(pair.shape[0], device=device).unsqueeze(1).expand_as(pair)
-        absent = None if ids is None else ids.repeat_interleave(block.sharing, dim=0) < 0
-        if in_place:
-            table, met = pairs.gallery, k.unsqueeze(0) if ids is None else ids
-        else:
-            table = pairs.maps(block, ids).flatten(0, 1)
+        ids = (k.unsqueeze(0) if lists is None else lists).repeat_interleave(block.sharing, dim=0)
+        table, met = pairs.gallery, ids
+        if not in_place:
+            table = pairs.maps(block, lists).flatten(0, 1)
             met = torch.arange(table.shape[0], device=device).view(block.lists, -1)
-        met = met.repeat_interleave(block.sharing, dim=0)
-        if absent is not None and absent.any():  # pairs of NaN, and zero times NaN is NaN
-            pair, own, met = (values[~absent] for values in (pair, own, met))
-        pair, own, met = (values.reshape(-1, 1) for values in (pair, own, met))
-        terms = Terms(saved, pair.squeeze(1))
-        sums = Sums((own * locations).int() + terms.s, len(total[block.probes]) * locations)
-        total[block.probes] += sums.of_rows(table.flatten(0, 1), met * locations + terms.r, terms.weights).view_as(
-            total[block.probes]
-        )
+            met = met.repeat_interleave(block.sharing, dim=0)
+        there = ids >= 0  # or else pairs of NaN, and zero times NaN is NaN
+        pair, own, met = (values[there] for values in (pair, own, met))
+        terms = Terms(saved, pair)
+        places, rows = ((of * locations).unsqueeze(1) + on for of, on in ((own, terms.s), (met, terms.r)))
+        sums = Sums(places, part.shape[0] * locations)
+        part += sums.of_rows(table.flatten(0, 1), rows, terms.weights).view_as(part)
     return pairs.restored(total)
 
 
@@ -314,7 +332,8 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         slots = torch.arange(neighbors, device=device)
         offsets = torch.arange(neighbors + 1, device=device) * probes
     else:
-        slots, offsets, edges = inverse_list(index, gallery.shape[0])
+        assert saved.edges is not None
+        slots, offsets, edges, _ = saved.edges
         slots = slots[: int((slots >= 0).sum())]
     shape = gallery.shape[0] if rows is None else slots.shape[0], locations, channels
     out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else _zeros(gallery, shape)
@@ -332,10 +351,11 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
             pair = edges[bounds[0] : bounds[-1]]
             met = pair // neighbors
         terms = Terms(saved, pair)
-        sums = Sums((own * locations).int().unsqueeze(1) + terms.r, ids.shape[0] * locations)
-        part = sums.of_rows(table, (met * locations).unsqueeze(1) + terms.s, terms.weights)
-        if saved.rnorm.shape[0]:
-            norms = saved.rnorm[ids if index is None else pair[bounds[:-1] - bounds[0]]].view(-1, 1)
+        places, rows_met = ((of * locations).unsqueeze(1) + on for of, on in ((own, terms.r), (met, terms.s)))
+        sums = Sums(places, ids.shape[0] * locations)
+        part = sums.of_rows(table, rows_met, terms.weights)
+        if saved.rnorm.numel():
+            norms = saved.rnorm[first : first + ids.shape[0]].view(-1, 1)
             along = sums.of(saved.grad[pair] * saved.pooled[pair])  # the part that normalising removes
             maps = gallery.index_select(0, ids).to(part.dtype).flatten(0, 1)
             part.addcmul_(maps, along * norms.square(), value=-1.0)

@@ -278,7 +278,7 @@ class QAConv(nn.Module):
         self._check_pairs_of_maps(a, b, a_occ, b_occ, ("a", "b", "a_occ", "b_occ"))
         values, places = [], []
         for probe, gallery, index in _pairs(a, b, a_occ, b_occ):
-            pooled, argmax, _ = ops.max_correlation(probe, gallery, index, None, False, False)
+            pooled, argmax, *_ = ops.max_correlation(probe, gallery, index, None, False, False)
             values.append(pooled)
             places.append(argmax)
         shape = (-1, self.height, self.width)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import cpu, cpu_topk
 from .kernels import config
-from .kernels.edges import Edges, inverse_list
+from .kernels.edges import Edges, inverse_list, packed_size
 from .kernels.panels import Progress, cast
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
@@ -72,7 +72,7 @@ def max_correlation(
     group: Tensor | None,
     normalize_gallery: bool,
     sparse_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Best match of every location, both ways.
 
     Args:
@@ -85,8 +85,9 @@ def max_correlation(
 
     Returns:
         pooled `[P, K or G, 2S]` fp32 (fp64 for fp64): the maximum over r for every s, then over s for every r;
-        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery `[P, K, S]`, `[1, G, S]`
-        without an index, empty without `normalize_gallery`. Only pooled is differentiable, once.
+        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery maps in `index`, in the
+        order of their ids, `[T, S]`, or of all of them, `[G, S]`, empty without `normalize_gallery`; and the inverse
+        list of `index`, packed, empty without one. Only pooled is differentiable, once.
     """
     forward = cpu.max_correlation
     if uses_triton(probe.device, probe.dtype):
@@ -95,10 +96,11 @@ def max_correlation(
         forward = kernel.forward
     index = None if index is None else index.contiguous()
     with _as_given(probe):
-        pooled, argmax, rnorm = forward(
-            _locations(probe).contiguous(), _locations(gallery), index, group, normalize_gallery
-        )
-    return pooled, argmax, rnorm
+        edges = None if index is None else inverse_list(index, gallery.shape[0])
+        maps = _locations(probe).contiguous()
+        pooled, argmax, rnorm = forward(maps, _locations(gallery), index, group, edges, normalize_gallery)
+    packed = probe.new_empty(0, dtype=torch.int64) if edges is None else edges.packed()
+    return pooled, argmax, rnorm, packed
 
 
 @max_correlation.register_fake
@@ -109,16 +111,18 @@ def _(
     group: Tensor | None,
     normalize_gallery: bool,
     sparse_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     probes = probe.shape[0]
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     locations = probe.shape[2] * probe.shape[3]
     dtype = cpu.accumulation_dtype(probe.dtype)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
-    owners = probes if index is not None else 1
-    rnorm = probe.new_empty((owners, neighbors, locations) if normalize_gallery else (0,), dtype=dtype)
-    return pooled, argmax, rnorm
+    pairs, maps = probes * neighbors, gallery.shape[0]
+    slots = maps if index is None else min(pairs, maps)
+    rnorm = probe.new_empty((slots, locations) if normalize_gallery else (0,), dtype=dtype)
+    packed = probe.new_empty(0 if index is None else packed_size(pairs, maps), dtype=torch.int64)
+    return pooled, argmax, rnorm, packed
 
 
 @torch.library.custom_op("qaconv_triton::pair_sums", mutates_args=())
@@ -136,8 +140,9 @@ def pair_sums(
         sums = kernel.pair_sums
     index = None if index is None else index.contiguous()
     with _as_given(probe):
+        edges = inverse_list(index, gallery.shape[0]) if index is not None and normalize_gallery else None
         maps = _locations(probe).contiguous()
-        return sums(maps, _locations(gallery), index, group, normalize_gallery, weight.contiguous())
+        return sums(maps, _locations(gallery), index, group, edges, normalize_gallery, weight.contiguous())
 
 
 @pair_sums.register_fake
@@ -154,6 +159,7 @@ def max_correlation_backward(
     pooled: Tensor,
     argmax: Tensor,
     rnorm: Tensor,
+    edges: Tensor,
     probe: Tensor,
     gallery: Tensor,
     index: Tensor | None,
@@ -169,21 +175,21 @@ def max_correlation_backward(
     maps, keys = _locations(probe).contiguous(), _locations(gallery)
     grad = grad.contiguous()
     index = None if index is None else index.contiguous()
+    met = None if index is None else Edges.unpacked(edges, index.numel())
     with _as_given(probe):
         if uses_triton(probe.device, probe.dtype):
             from .kernels import max_correlation as kernel
 
             to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
             if needs_probe:
-                to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index)
+                to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index, met)
             if needs_gallery:
-                edges = None if index is None else inverse_list(index, gallery.shape[0])
-                if edges is not None and rows is not None:
-                    edges = Edges(edges.classes[: rows.shape[0]], edges.offsets[: rows.shape[0] + 1], edges.pairs)
-                to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, edges, rows is not None)
+                if met is not None and rows is not None:  # without the unused slots
+                    met = met._replace(classes=rows, offsets=met.offsets[: rows.shape[0] + 1])
+                to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, met, rows is not None)
         else:
             to_probe, to_gallery = cpu.max_correlation_backward(
-                grad, pooled, argmax, rnorm, maps, keys, index, group, rows, needs_probe, needs_gallery
+                grad, pooled, argmax, rnorm, met, maps, keys, index, group, rows, needs_probe, needs_gallery
             )
     return (
         _maps(to_probe, probe) if needs_probe else to_probe,
@@ -197,6 +203,7 @@ def _(
     pooled: Tensor,
     argmax: Tensor,
     rnorm: Tensor,
+    edges: Tensor,
     probe: Tensor,
     gallery: Tensor,
     index: Tensor | None,
@@ -215,7 +222,7 @@ def _(
     return to_probe, to_gallery
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     probe, gallery, index, group, _, ctx.sparse_grad = inputs
     ctx.save_for_backward(*output, probe, gallery, index, group)
     ctx.mark_non_differentiable(*output[1:])
@@ -225,11 +232,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    pooled, argmax, rnorm, probe, gallery, index, group = ctx.saved_tensors
+    pooled, argmax, rnorm, edges, probe, gallery, index, group = ctx.saved_tensors
     needs_probe, needs_gallery = ctx.needs_input_grad[:2]
-    rows = index[index >= 0].unique() if ctx.sparse_grad and index is not None and needs_gallery else None
+    rows = None
+    if ctx.sparse_grad and index is not None and needs_gallery:
+        classes = Edges.unpacked(edges, index.numel()).classes
+        rows = classes[classes >= 0]
     to_probe, to_gallery = max_correlation_backward(
-        grad, pooled, argmax, rnorm, probe, gallery, index, group, rows, needs_probe, needs_gallery
+        grad, pooled, argmax, rnorm, edges, probe, gallery, index, group, rows, needs_probe, needs_gallery
     )
     if rows is not None:
         to_gallery = torch.sparse_coo_tensor(

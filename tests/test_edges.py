@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qaconv_triton.kernels.edges import Edges, inverse_list
+from qaconv_triton.kernels.edges import Edges, inverse_list, packed_size
 
 
 def check(index: torch.Tensor, num_classes: int) -> Edges:
@@ -23,7 +23,10 @@ def check(index: torch.Tensor, num_classes: int) -> Edges:
     assert edges.offsets.shape == (slots + 1,)
     assert edges.pairs.shape == (index.numel(),)
     assert all(part.dtype == torch.int64 and part.device == index.device for part in edges)
-    classes, offsets, pairs = (part.tolist() for part in edges)
+    assert len(edges.packed()) == packed_size(index.numel(), num_classes)
+    assert all(map(torch.equal, Edges.unpacked(edges.packed(), index.numel()), edges))
+    classes, offsets, pairs, of_pairs = (part.tolist() for part in edges)
+    assert [classes[slot] if slot >= 0 else -1 for slot in of_pairs] == index.flatten().clamp(min=-1).tolist()
     assert classes == sorted(naive) + [-1] * (slots - len(naive))
     assert offsets[0] == 0
     for slot, class_id in enumerate(classes):

@@ -116,7 +116,7 @@ def check(
     expected.backward(upstream.double())
 
     probe.requires_grad_(needs[0]), gallery.requires_grad_(needs[1])
-    pooled, argmax, rnorm = ops.max_correlation(probe, gallery, index, group, normalize, sparse_grad)
+    pooled, argmax, rnorm, _ = ops.max_correlation(probe, gallery, index, group, normalize, sparse_grad)
     assert pooled.dtype == (torch.float64 if probe.dtype == torch.float64 else torch.float32)
     assert argmax.dtype == (torch.uint8 if locations <= 256 else torch.int16)
     assert pooled.shape == argmax.shape
@@ -412,7 +412,7 @@ def test_empty(
     index = None if neighbors is None else torch.zeros(probes, neighbors, dtype=torch.int64, device=device)
     group = None if neighbors is None else torch.zeros(probes, dtype=torch.int64, device=device)
     for hint in {None, group}:
-        pooled, argmax, _ = ops.max_correlation(probe, gallery, index, hint, normalize, sparse_grad)
+        pooled, argmax, *_ = ops.max_correlation(probe, gallery, index, hint, normalize, sparse_grad)
         assert pooled.shape == argmax.shape == (probes, classes if neighbors is None else neighbors, 12)
         to_probe, to_gallery = torch.autograd.grad(pooled.sum(), (probe, gallery))
         assert to_probe.shape == probe.shape
@@ -533,7 +533,7 @@ def test_the_gradient_of_a_tie_goes_to_one_element(locations: int, backend: str,
     direction = F.normalize(torch.ones(4, device=device), dim=0).view(1, 4, 1, 1)
     probe = direction.repeat(1, 1, *SIZES[locations]).requires_grad_()
     gallery = direction.repeat(2, 1, *SIZES[locations]).requires_grad_()
-    pooled, argmax, _ = ops.max_correlation(probe, gallery, None, None, False, False)
+    pooled, argmax, *_ = ops.max_correlation(probe, gallery, None, None, False, False)
     assert argmax.eq(0).all()
     weights = torch.arange(1.0, 2 * locations + 1, device=device)
     to_probe, to_gallery = torch.autograd.grad(pooled, (probe, gallery), weights.expand_as(pooled))
@@ -553,7 +553,7 @@ def test_the_gradient_of_a_tie_goes_to_one_element(locations: int, backend: str,
 def test_one_upstream_element_reaches_one_location(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     probe, gallery, _ = make_case((2, 3), 7, device, indexed=False, normalize=False, dtype=dtype)
     probe.requires_grad_(), gallery.requires_grad_()
-    pooled, argmax, _ = ops.max_correlation(probe, gallery, None, None, False, False)
+    pooled, argmax, *_ = ops.max_correlation(probe, gallery, None, None, False, False)
     for p, g, location in itertools.product(range(2), range(3), (0, 4, 6, 11)):
         to_probe, to_gallery = torch.autograd.grad(pooled[p, g, location], (probe, gallery), retain_graph=True)
         partner = int(argmax[p, g, location])
@@ -579,7 +579,7 @@ def test_zeros_of_either_sign_tie(
     gallery[0].flatten()[: locations // 2] = -1  # -0, then +0
     gallery[1].flatten()[locations // 2 :] = -1  # +0, then -0
     probe[..., -1, -1] = -0.0
-    pooled, argmax, _ = ops.max_correlation(probe, gallery, None, None, normalize, False)
+    pooled, argmax, *_ = ops.max_correlation(probe, gallery, None, None, normalize, False)
     assert pooled.eq(0).all()
     assert argmax.eq(0).all()
 
@@ -590,7 +590,7 @@ def test_underflow_to_zeros_of_either_sign_ties(negative: slice, backend: str, d
     probe = torch.tensor([1e-30, 0.0], device=device).view(1, 2, 1, 1).repeat(1, 1, 2, 3)
     gallery = torch.tensor([1.0, 1e18], device=device).view(1, 2, 1, 1).repeat(1, 1, 2, 3)
     gallery[0, 0].flatten()[negative] = -1
-    pooled, argmax, _ = ops.max_correlation(probe, gallery, None, None, True, False)
+    pooled, argmax, *_ = ops.max_correlation(probe, gallery, None, None, True, False)
     assert pooled.eq(0).all()
     assert argmax.eq(0).all()
 
@@ -599,7 +599,7 @@ def test_the_last_location_of_256_fits_its_dtype(backend: str, device: torch.dev
     for locations in (256, 260):
         probe = torch.full((1, 1, *SIZES[locations]), 0.5, device=device)
         probe[..., -1, -1] = 1
-        _, argmax, _ = ops.max_correlation(probe, probe.clone(), None, None, False, False)
+        _, argmax, *_ = ops.max_correlation(probe, probe.clone(), None, None, False, False)
         assert argmax.dtype == (torch.uint8 if locations == 256 else torch.int16)
         assert argmax.eq(locations - 1).all()
 
