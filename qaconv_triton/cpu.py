@@ -40,6 +40,28 @@ def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(norm == 0, 0.0, norm.reciprocal())
 
 
+class Scratch:
+    """Memory that blocks use one after the other: to be given fresh pages each time costs more than to fill them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, the same memory for the same name."""
+        size = prod(shape)
+        kept = self.kept.get((name, dtype))
+        if kept is None or kept.shape[0] < size:
+            kept = self.kept[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return kept[:size].view(shape)
+
+    def rows(self, name: str, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids [n]` of a table, in `dtype`."""
+        found = self(name, (ids.shape[0], *table.shape[1:]), table.dtype)
+        torch.index_select(table, 0, ids, out=found)
+        return found if dtype == table.dtype else self(name, tuple(found.shape), dtype).copy_(found)
+
+
 class Block(NamedTuple):
     """Pairs of `lists * sharing` probes, from `first` on, with a `span` of neighbours; `sharing` share a list."""
 
@@ -68,6 +90,7 @@ class Pairs:
             self.sizes = ordered.unique_consecutive(return_counts=True)[1].tolist()
             if not torch.equal(ordered, group):
                 self.order = order
+        self.scratch = Scratch(probe.device)
         self.probe = self.ordered(probe).to(self.dtype)
         self.index = None if index is None else self.ordered(index)
 
@@ -105,8 +128,8 @@ class Pairs:
         """Gallery maps of a block `[L, k, S, C]`, in the dtype of sums."""
         if ids is None:
             return self.gallery[block.span].unsqueeze(0).to(self.dtype)
-        rows = self.gallery.index_select(0, ids.clamp(min=0).flatten())
-        return rows.to(self.dtype).view(*ids.shape, self.locations, self.channels)
+        rows = self.scratch.rows("maps", self.gallery, ids.clamp(min=0).flatten(), self.dtype)
+        return rows.view(*ids.shape, self.locations, self.channels)
 
 
 class Peaks(NamedTuple):
@@ -118,32 +141,25 @@ class Peaks(NamedTuple):
     arg_s: Tensor
 
 
-def inverse_norms(gallery: Tensor, edges: Edges | None, dtype: torch.dtype) -> Tensor:
-    """`1 / |g|` over C in `dtype`, `[G, S]`, or `[T, S]` for the slots of `edges`; some maps at a time."""
-    step = max(1, MAPS // max(1, gallery.shape[1] * gallery.shape[2]))
-    if edges is None:
-        parts = list(gallery.split(step))
-    else:
-        parts = [gallery.index_select(0, ids) for ids in edges.classes.clamp(min=0).split(step)]
-    norms = [inverse_norm(part, dtype) for part in parts]
-    return torch.cat(norms) if norms else gallery.new_empty(0, gallery.shape[1], dtype=dtype)
-
-
-def _peaks(pairs: Pairs, half: torch.dtype, rnorm: Tensor, edges: Edges | None) -> Iterator[tuple[Block, Peaks]]:
-    """The maxima of every block, both ways."""
-    slots = None if edges is None or pairs.index is None else pairs.ordered(edges.slots.view_as(pairs.index))
+def _peaks(pairs: Pairs, half: torch.dtype, edges: Edges | None, rnorm: Tensor | None) -> Iterator[tuple[Block, Peaks]]:
+    """The maxima of every block, both ways; the inverse norms of gallery maps, if wanted, go to `rnorm` on the way."""
     locations = pairs.locations
+    slots = None if edges is None or pairs.index is None else pairs.ordered(edges.slots.view_as(pairs.index))
     most_maps = max(1, MAPS // (locations * pairs.channels))
     for block in pairs.blocks(max(1, BLOCK // locations**2), most_maps, most_maps):
         _, lists, sharing, _ = block
         ids = pairs.ids(block)
         maps = pairs.maps(block, ids)
         probe = pairs.probe[block.probes].reshape(lists, sharing * locations, pairs.channels)
+        shape = lists, maps.shape[1] * locations, sharing * locations
+        corr, turned = (pairs.scratch(name, shape, pairs.dtype) for name in ("corr", "turned"))
         with _products(half):
-            corr = maps.flatten(1, 2) @ probe.mT  # [L, k*r, m*s]
-        if rnorm.numel():
-            rows = block.span if slots is None else slots[block.probes, block.span][:: block.sharing]
-            corr *= rnorm[rows].view(lists, -1, 1)
+            torch.bmm(maps.flatten(1, 2), probe.mT, out=corr)  # [L, k*r, m*s]
+        if rnorm is not None:
+            norms = inverse_norm(maps, pairs.dtype)
+            corr *= norms.view(lists, -1, 1)
+            rows = block.span if slots is None else slots[block.probes, block.span][::sharing].flatten()
+            rnorm[rows] = norms.flatten(0, 1)
         if ids is not None and ids.numel() and ids.min() < 0:
             corr.view(*ids.shape, -1)[ids < 0] = torch.nan
         over_r, arg_r = (
@@ -152,7 +168,9 @@ def _peaks(pairs: Pairs, half: torch.dtype, rnorm: Tensor, edges: Edges | None) 
         )
         over_s, arg_s = (
             values.view(lists, sharing, -1, locations)
-            for values in _max(corr.mT.reshape(lists * sharing, locations, -1))
+            for values in _max(
+                turned.view(lists, shape[2], shape[1]).copy_(corr.mT).view(lists * sharing, locations, -1)
+            )
         )
         yield block, Peaks(over_r, arg_r, over_s, arg_s)
 
@@ -195,14 +213,16 @@ def max_correlation(
     shape = (probes, pairs.neighbors, 2 * locations)
     pooled = probe.new_empty(shape, dtype=pairs.dtype)
     argmax = probe.new_empty(shape, dtype=argmax_dtype(locations))
-    rnorm = inverse_norms(gallery, edges, pairs.dtype) if normalize_gallery else pooled.new_empty(0)
+    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    rnorm = pooled.new_zeros(slots + 1, locations) if normalize_gallery else None  # one more for slot -1
+    norms = pooled.new_empty(0) if rnorm is None else rnorm[:-1]
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
-        return pooled.fill_(torch.nan), argmax.zero_(), rnorm
-    for block, peaks in _peaks(pairs, probe.dtype, rnorm, edges):
+        return pooled.fill_(torch.nan), argmax.zero_(), norms
+    for block, peaks in _peaks(pairs, probe.dtype, edges, rnorm):
         for whole, first, second in ((pooled, peaks.over_r, peaks.over_s), (argmax, peaks.arg_r, peaks.arg_s)):
             part = whole[block.probes].view(block.lists, block.sharing, *shape[1:])[:, :, block.span]
             part[..., :locations], part[..., locations:] = first, second
-    return pairs.restored(pooled), pairs.restored(argmax), rnorm
+    return pairs.restored(pooled), pairs.restored(argmax), norms
 
 
 def pair_sums(
@@ -220,8 +240,9 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    rnorm = inverse_norms(gallery, edges, pairs.dtype) if normalize_gallery else sums.new_empty(0)
-    for block, peaks in _peaks(pairs, probe.dtype, rnorm, edges):
+    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    rnorm = sums.new_empty(slots + 1, locations) if normalize_gallery else None
+    for block, peaks in _peaks(pairs, probe.dtype, edges, rnorm):
         found = peaks.over_r @ weight[:locations] + peaks.over_s @ weight[locations:]
         sums[block.probes, block.span] = found.flatten(0, 1)
     return pairs.restored(sums)
@@ -337,7 +358,7 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         slots = slots[: int((slots >= 0).sum())]
     shape = gallery.shape[0] if rows is None else slots.shape[0], locations, channels
     out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else _zeros(gallery, shape)
-    table = probe.to(saved.grad.dtype).flatten(0, 1)
+    table, scratch = probe.to(saved.grad.dtype).flatten(0, 1), Scratch(device)
     most_maps = max(1, MAPS // (locations * channels))
     most = max(1, min(most_maps, ENTRIES * slots.shape[0] // max(1, 2 * locations * int(offsets[-1]))))
     for first in range(0, slots.shape[0], most):
@@ -357,7 +378,7 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         if saved.rnorm.numel():
             norms = saved.rnorm[first : first + ids.shape[0]].view(-1, 1)
             along = sums.of(saved.grad[pair] * saved.pooled[pair])  # the part that normalising removes
-            maps = gallery.index_select(0, ids).to(part.dtype).flatten(0, 1)
+            maps = scratch.rows("maps", gallery, ids, part.dtype).flatten(0, 1)
             part.addcmul_(maps, along * norms.square(), value=-1.0)
         where = slice(first, first + most) if shape[0] == slots.shape[0] else ids
         out[where] = part.view(-1, locations, channels).to(out.dtype)
