@@ -105,6 +105,7 @@ def _forward_kernel(
         i_p = tl.load(p_order + i_p)
     i_first = (i_program // P) * KP
     tiles = tl.cdiv(S, BR)  # of a neighbour
+    count = tl.minimum(KP, K - i_first) * tiles
     width = S if SUM else 2 * S
 
     for i_s in range(0, S, BS):
@@ -119,45 +120,25 @@ def _forward_kernel(
         b_best_s = tl.full([BS], LOWEST, tl.int32)
         b_arg_s = tl.zeros([BS], tl.int32)
         b_sums = tl.zeros([BS], tl.float32)
-
-        for i_tile in range(0, tl.minimum(KP, K - i_first) * tiles):
-            i_k = i_first + i_tile // tiles
-            i_r = (i_tile % tiles) * BR
-            i_pair = i_p * K + i_k
-            i_g = tl.cast(i_k, tl.int64)
-            if HAS_INDEX:
-                i_g = tl.load(p_index + i_pair)
-            is_pair = i_g >= 0
-            is_last = i_r + BR >= S
-            o_r = i_r + tl.arange(0, BR)
-            m_r = o_r < S
-            p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
-            p_neighbor += o_r[:, None].to(tl.int64) * stride_gallery_s
-
-            # [BR, BC] @ [BC, BS] -> [BR, BS]
-            b_corr = tl.zeros([BR, BS], tl.float32)
-            if RESIDENT:
-                o_c = tl.arange(0, BC)
-                b_neighbor = tl.load(
-                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & (o_c < C)[None, :], other=0.0
-                )
-                b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
-            else:
-                for i_c in range(0, C, BC):
-                    o_c = i_c + tl.arange(0, BC)
-                    m_c = o_c < C
-                    b_neighbor = tl.load(
-                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
-                    )
-                    b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
-                    if WIDEN:
-                        b_probe = b_probe.to(tl.float32)
-                    b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
+        b_corr = tl.zeros([BR, BS], tl.float32)
+        b_rnorm = tl.zeros([BR], tl.float32)
+        i_next_g = tl.cast(i_first, tl.int64)
+        i_next_slot = i_next_g
+        if HAS_INDEX:
+            i_next_g = tl.load(p_index + i_p * K + i_first)
             if NORMALIZE:
-                i_slot = i_g
-                if HAS_INDEX:
-                    i_slot = tl.load(p_slots + i_pair)
-                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & is_pair, other=0.0)
+                i_next_slot = tl.load(p_slots + i_p * K + i_first)
+        i_g = i_next_g
+
+        # Tile i_tile is multiplied after the one before it is reduced: what it takes to do so is on its way meanwhile.
+        for i_tile in range(0, count + 1):
+            i_pair = i_p * K + i_first + tl.maximum(i_tile - 1, 0) // tiles
+            i_r = (tl.maximum(i_tile - 1, 0) % tiles) * BR
+            o_r = i_r + tl.arange(0, BR)
+            m_r = (o_r < S) & (i_tile > 0)
+            is_pair = i_g >= 0
+            is_last = (i_r + BR >= S) & (i_tile > 0)
+            if NORMALIZE:
                 b_corr *= b_rnorm[:, None]
             b_corr = tl.where(is_pair, b_corr, float("nan"))
             b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
@@ -198,6 +179,41 @@ def _forward_kernel(
                 o_out = i_pair * width + o_s
                 tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s & is_last)
                 tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s & is_last)
+
+            i_g = i_next_g
+            i_slot = i_next_slot
+            i_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
+            i_next_g = tl.cast(i_k, tl.int64)
+            i_next_slot = i_next_g
+            if HAS_INDEX:  # a tile ahead: no load waits for an id
+                i_next_g = tl.load(p_index + i_p * K + i_k)
+                if NORMALIZE:
+                    i_next_slot = tl.load(p_slots + i_p * K + i_k)
+            o_r = (i_tile % tiles) * BR + tl.arange(0, BR)
+            m_r = (o_r < S) & (i_tile < count)
+            if NORMALIZE:
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & (i_g >= 0), other=0.0)
+            p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
+            p_neighbor += o_r[:, None].to(tl.int64) * stride_gallery_s
+            # [BR, BC] @ [BC, BS] -> [BR, BS]
+            b_corr = tl.zeros([BR, BS], tl.float32)
+            if RESIDENT:
+                o_c = tl.arange(0, BC)
+                b_neighbor = tl.load(
+                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & (o_c < C)[None, :], other=0.0
+                )
+                b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
+            else:
+                for i_c in range(0, tl.where(i_tile < count, C, 0), BC):
+                    o_c = i_c + tl.arange(0, BC)
+                    m_c = o_c < C
+                    b_neighbor = tl.load(
+                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
+                    )
+                    b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
+                    if WIDEN:
+                        b_probe = b_probe.to(tl.float32)
+                    b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
         if SPLIT:
             tl.debug_barrier()  # the next block of s reads what other threads of this program have written
 

@@ -56,10 +56,15 @@ class Scratch:
         return kept[:size].view(shape)
 
     def rows(self, name: str, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `ids [n]` of a table, in `dtype`."""
-        found = self(name, (ids.shape[0], *table.shape[1:]), table.dtype)
-        torch.index_select(table, 0, ids, out=found)
-        return found if dtype == table.dtype else self(name, tuple(found.shape), dtype).copy_(found)
+        """Maps `ids [n]` of a table `[G, S, C]`, in `dtype`: `[n, S, C]`, contiguous; read as they lie in memory."""
+        turned = not table.is_contiguous() and table.mT.is_contiguous()
+        source = table.mT if turned else table
+        found = self(name, (ids.shape[0], *source.shape[1:]), table.dtype)
+        torch.index_select(source, 0, ids, out=found)
+        found = found.mT if turned else found
+        if found.is_contiguous() and found.dtype == dtype:
+            return found
+        return self(name + " as wanted", (ids.shape[0], *table.shape[1:]), dtype).copy_(found)
 
 
 class Block(NamedTuple):
