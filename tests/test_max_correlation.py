@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from qaconv_triton import cpu, functional, ops, reference
 
-SIZES = {1: (1, 1), 6: (2, 3), 17: (17, 1), 49: (7, 7), 192: (24, 8), 196: (14, 14), 256: (16, 16), 260: (20, 13)}
+SIZES = {1: (1, 1), 6: (2, 3), 17: (17, 1), 49: (7, 7), 192: (24, 8), 196: (14, 14), 256: (16, 16)}
+SIZES |= {260: (20, 13), 1024: (32, 32)}
 INDEX = [[2, 0, 2], [1, 2, 0]]  # a class twice in one row, and in both rows
 HALF = [torch.bfloat16, torch.float16]
 # How far apart two correlations are when rounding cannot swap them, given the coarser of the two operands' dtypes
@@ -172,6 +173,7 @@ def test_small_maps(
         (256, 3, True, True, torch.float32),
         (260, 7, True, True, torch.float32),
         (260, 16, False, False, torch.bfloat16),
+        (1024, 16, True, True, torch.float32),
     ],
 )
 def test_large_maps(
