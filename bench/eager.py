@@ -5,6 +5,8 @@ Each takes the parameters of a `QAConv`, so that inputs, results and gradients c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -52,8 +54,9 @@ def per_label(matcher: QAConv, features: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def vectorised(matcher: QAConv, features: Tensor, labels: Tensor, wide: bool = False) -> Tensor:
-    """The class path without a loop, tuned: only touched maps are gathered, and scaled after one batched product.
+def vectorised(matcher: QAConv, features: Tensor, labels: Tensor, each: int, wide: bool = False) -> Tensor:
+    """The class path without a loop, tuned: maps are gathered once for the `each` samples of a label that stand
+    together, raw, and scaled after one batched product.
 
     Maxima by `amax`, which is faster than `max` and differs only in sharing a gradient between equal maxima. `wide`
     scales correlations in fp32: rounded to half precision after the product only, not again before the maxima.
@@ -62,16 +65,17 @@ def vectorised(matcher: QAConv, features: Tensor, labels: Tensor, wide: bool = F
     assert matcher.class_embed is not None
     assert matcher.class_neighbors is not None
     batch, channels = features.shape[:2]
-    ids = matcher.class_neighbors[labels]
-    probe = normalize(features, dim=1).flatten(2)
-    maps = matcher.class_embed.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [B, K, S, C], contiguous
+    ids = matcher.class_neighbors[labels[::each]]  # [L, K]
+    probe = normalize(features, dim=1).flatten(2).mT.reshape(len(ids), -1, channels)  # [L, m*S, C]
+    maps = matcher.class_embed.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [L, K, S, C], contiguous
     locations = maps.shape[2]
-    corr = torch.bmm(maps.view(batch, -1, channels), probe).view(*maps.shape[:3], locations)
+    corr = torch.bmm(maps.view(len(ids), -1, channels), probe.mT).view(*maps.shape[:3], each, locations)
     if wide and corr.dtype.itemsize == 2:
         corr = corr.float()
-    corr = corr / torch.linalg.vector_norm(maps, dim=-1, keepdim=True).clamp_min(1e-12)
-    values = _score(matcher, torch.cat([corr.amax(-2), corr.amax(-1)], dim=-1))
-    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids, values)
+    corr = corr / torch.linalg.vector_norm(maps, dim=-1).clamp_min(1e-12)[..., None, None]  # [L, K, r, m, s]
+    pooled = torch.cat([corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)], dim=-1)
+    values = _score(matcher, pooled.reshape(batch, ids.shape[1], -1))
+    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids.repeat_interleave(each, 0), values)
 
 
 def all_pairs(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
@@ -90,13 +94,10 @@ def all_pairs_tuned(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+def match(score: Callable[[QAConv, Tensor, Tensor], Tensor], matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
     """All pairs of a probe set and a gallery in eval mode, block by block as published evaluation code does."""
     assert not matcher.training
     side = int(PAIRS**0.5)
     return torch.cat(
-        [
-            torch.cat([all_pairs(matcher, part, maps) for maps in gallery.split(side)], dim=1)
-            for part in probe.split(side)
-        ]
+        [torch.cat([score(matcher, part, maps) for maps in gallery.split(side)], dim=1) for part in probe.split(side)]
     )

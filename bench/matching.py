@@ -1,9 +1,10 @@
 """Matching problems of any size, what they are worth, and the truth about them, for `bench.scores`.
 
 Useful work is 2 S S C operations for every pair of maps that is scored; a backward pass counts twice that and a step
-three times, as the dense products would, although only best matches carry a gradient. Useful bytes are the maps of the
-call read once, pooled values and the locations they were found at written once, and for a backward pass all that read
-again and the gradients of those maps written; the zeros of a dense gradient do not count.
+three times, as the dense products would, although only best matches carry a gradient: what a CPU saves by taking them
+one by one is then no share of a product's ceiling. Useful bytes are the maps of the call read once, pooled values and
+the locations they were found at written once, the scores, and for a backward pass all that read again and the gradients
+of those maps written; the zeros of a dense gradient do not count.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Case(NamedTuple):
 class Problem(NamedTuple):
     """Probes `[P, C, H, W]` to be scored against items `[G, C, H, W]`, a gallery or the class table.
 
-    With labels `[P]` each against the neighbours of its class only. `upstream` is the gradient of the scores `[P, G]`.
+    With labels `[P]` each against the neighbours of its class only, `each` of a class side by side. `upstream` is the
+    gradient of the scores `[P, G]`.
     """
 
     matcher: QAConv
@@ -56,6 +58,7 @@ class Problem(NamedTuple):
     items: Tensor
     labels: Tensor | None
     upstream: Tensor
+    each: int = 1
 
     def inputs(self, part: str) -> list[Tensor]:
         """What gradients are taken to."""
@@ -78,6 +81,7 @@ def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) 
             own = torch.randperm(count)[: batch // each].repeat_interleave(each)
             labels: Tensor | None = own
         else:
+            each = 1
             batch, count, channels, height, width = case.sizes
             matcher, labels, own = QAConv(channels, height, width), None, torch.arange(batch) % count
             items = torch.nn.Parameter(torch.randn(count, channels, height, width) / channels**0.5)
@@ -95,15 +99,16 @@ def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) 
             matcher.double()
         items.data = items.data.to(case.dtype)
         upstream = torch.randn(batch, count).to(matcher.fc.weight.dtype)
-    return Problem(matcher, probe, items, labels, upstream)
+    return Problem(matcher, probe, items, labels, upstream, each)
 
 
 class Truth(NamedTuple):
-    """The result in fp64: scores of the first probes `[R, G]`, and gradients where there are any.
+    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and gradients where there are any.
 
     Those of the first probes `[r, S, C]`, of the items `ids [T]`, `[T, S, C]`, zero in `untouched`, and of fc's weight.
     """
 
+    rows: Tensor
     scores: Tensor
     probe: Tensor
     ids: Tensor
@@ -115,8 +120,10 @@ class Truth(NamedTuple):
 def truth(problem: Problem, training: bool, sums: bool = False) -> Truth:
     """Scores, or with `sums` the pooled values' sums, and their gradients by autograd, a block of pairs at a time."""
     matcher, count, total = problem.matcher, len(problem.probe), len(problem.items)
-    if not training:  # then each score stands for itself
-        count = max(1, min(count, TRUE_PAIRS // total))
+    sample = torch.arange(count, device=problem.probe.device)
+    if not training and count > max(1, TRUE_PAIRS // total):  # then each score stands for itself
+        sample = torch.linspace(0, count - 1, max(1, TRUE_PAIRS // total), device=sample.device).long()
+        problem, count = problem._replace(probe=problem.probe.detach()[sample]), len(sample)
     blocks = list(_blocks(problem, count))
     with torch.no_grad():
         found = torch.cat([_pooled(problem, *block)[2].flatten(0, 1) for block in blocks])
@@ -131,7 +138,7 @@ def truth(problem: Problem, training: bool, sums: bool = False) -> Truth:
         scores[rows.unsqueeze(1), ids] = part.view(len(rows), len(ids))
     none = found.new_zeros(0)
     if not training:
-        return Truth(scores.detach(), none, none, none, none, none)
+        return Truth(sample, scores.detach(), none, none, none, none, none)
     upstream = problem.upstream.double()
     gradient, weight = torch.autograd.grad(scores, (found, fc.weight), upstream, allow_unused=sums)
     touched = torch.cat([ids for _, ids in blocks]).unique()
@@ -151,7 +158,7 @@ def truth(problem: Problem, training: bool, sums: bool = False) -> Truth:
     is_untouched = torch.ones(total, dtype=torch.bool, device=touched.device).index_fill(0, touched, False)
     of_probe = of_probe if whole else of_probe[:TRUE_PROBES].clone()
     untouched = is_untouched.nonzero().squeeze(1)
-    return Truth(scores.detach(), of_probe, known, of_items, untouched, none if sums else weight)
+    return Truth(sample, scores.detach(), of_probe, known, of_items, untouched, none if sums else weight)
 
 
 def _blocks(problem: Problem, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -195,7 +202,13 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 
 def check_scores(true: Truth, limit: Tolerance, scores: Tensor) -> measure.Verdict:
     """Compare scores `[P, G]` with the truth; where nothing was scored that is zero."""
-    error = (scores.detach()[: len(true.scores)].double() - true.scores).abs().max() / true.scores.abs().max()
+    if scores.shape[1] != true.scores.shape[1] or len(scores) <= int(true.rows[-1]):
+        return measure.Verdict(
+            f"scores {list(scores.shape)}, of probes up to {int(true.rows[-1])} {list(true.scores.shape)}"
+        )
+    if not scores.isfinite().all():
+        return measure.Verdict("scores that are not finite")
+    error = (scores.detach()[true.rows].double() - true.scores).abs().max() / true.scores.abs().max()
     if not error.item() <= limit.scores:  # NaN is wrong, too
         return measure.Verdict(f"scores are off by {error.item():.2g} of the largest, more than {limit.scores:.2g}")
     return measure.Verdict()

@@ -325,7 +325,7 @@ def rows(
         base: the provider whose time the others are compared with.
         repeats: rounds.
         device: where the inputs are.
-        flops: useful operations, the same for every provider, whatever it does.
+        flops: useful operations, whatever a provider does, unless it has its own.
         moved: useful bytes, read or written once, likewise.
         part: what of the case is measured.
         memory: whether to measure peak memory.

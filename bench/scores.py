@@ -16,6 +16,7 @@ import copy
 import importlib.util
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -90,9 +91,9 @@ def methods(op: str, part: str, device: torch.device) -> dict[str, Method]:
         found = {
             OURS: Method(lambda p: p.matcher(p.probe, labels=p.labels)),
             PER_LABEL: Method(lambda p: eager.per_label(p.matcher, p.probe, _labels(p))),
-            VECTORISED: Method(lambda p: eager.vectorised(p.matcher, p.probe, _labels(p))),
+            VECTORISED: Method(lambda p: eager.vectorised(p.matcher, p.probe, _labels(p), p.each)),
             f"{VECTORISED}, compiled": Method(
-                lambda p: _compiled(eager.vectorised)(p.matcher, p.probe, p.labels, wide=True), compiled=True
+                lambda p: _compiled(eager.vectorised)(p.matcher, p.probe, p.labels, p.each, wide=True), compiled=True
             ),
         }
         if part == "step":
@@ -103,7 +104,8 @@ def methods(op: str, part: str, device: torch.device) -> dict[str, Method]:
     if part == "match":
         found = {
             OURS: Method(lambda p: p.matcher.match(p.probe, p.items)),
-            PUBLISHED: Method(lambda p: eager.match(p.matcher, p.probe, p.items)),
+            PUBLISHED: Method(lambda p: eager.match(eager.all_pairs, p.matcher, p.probe, p.items)),
+            TUNED: Method(lambda p: eager.match(eager.all_pairs_tuned, p.matcher, p.probe, p.items)),
         }
     else:
         found = {
@@ -243,7 +245,7 @@ def _parts(arguments: Namespace, case: Case, device: torch.device) -> Iterator[l
 
 def _measured(arguments: Namespace, case: Case, part: str, problem: Problem, true: Callable[..., Truth]) -> list[Row]:
     flops, moved = work(problem, part)
-    return measure.rows(
+    found = measure.rows(
         arguments.op,
         case.name,
         case.dtype,
@@ -256,6 +258,9 @@ def _measured(arguments: Namespace, case: Case, part: str, problem: Problem, tru
         part=part,
         memory=arguments.memory,
     )
+    if problem.probe.device.type == "cpu" and part in ("backward", "step"):  # not by products, see bench.matching
+        found = [replace(row, share_of_matmul=None) for row in found]
+    return found
 
 
 def _chosen(arguments: Namespace, device: torch.device) -> list[Case]:

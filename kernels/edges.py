@@ -27,24 +27,29 @@ class Edges(NamedTuple):
     slots: Tensor
 
     def packed(self) -> Tensor:
-        """All of it in one tensor, int64 `[2T + 1 + 2*B*K]`."""
-        return torch.cat(self)
+        """All of it in one tensor, int64 `[packed_size]`."""
+        parts = [part.new_zeros(_even(part.shape[0])) for part in self]
+        for room, part in zip(parts, self, strict=True):
+            room[: part.shape[0]] = part
+        return torch.cat(parts)
 
     @staticmethod
     def unpacked(packed: Tensor, pairs: int) -> Edges:
-        """What `packed` made, for that many pairs; views."""
-        slots = packed_slots(packed.shape[0], pairs)
-        return Edges(*packed.split([slots, slots + 1, pairs, pairs]))
+        """What `packed` made, for that many pairs: views, all as aligned as the whole, since kernels care."""
+        slots = (packed.shape[0] - 2 * _even(pairs)) // 2 - 1
+        sizes = slots, slots + 1, pairs, pairs
+        rooms = packed.split([_even(size) for size in sizes])
+        return Edges(*(room[:size] for room, size in zip(rooms, sizes, strict=True)))
 
 
 def packed_size(pairs: int, num_classes: int) -> int:
     """The length of a packed list."""
-    return 2 * min(pairs, num_classes) + 1 + 2 * pairs
+    slots = min(pairs, num_classes)
+    return _even(slots) + _even(slots + 1) + 2 * _even(pairs)
 
 
-def packed_slots(size: int, pairs: int) -> int:
-    """T, from the length of a packed list."""
-    return (size - 1) // 2 - pairs
+def _even(size: int) -> int:
+    return size + size % 2
 
 
 def inverse_list(index: Tensor, num_classes: int) -> Edges:

@@ -132,6 +132,7 @@ def _forward_kernel(
 
         # Tile i_tile is multiplied after the one before it is reduced: what it takes to do so is on its way meanwhile.
         for i_tile in range(0, count + 1):
+            # the tile of the turn before
             i_pair = i_p * K + i_first + tl.maximum(i_tile - 1, 0) // tiles
             i_r = (tl.maximum(i_tile - 1, 0) % tiles) * BR
             o_r = i_r + tl.arange(0, BR)
@@ -180,6 +181,7 @@ def _forward_kernel(
                 tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s & is_last)
                 tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s & is_last)
 
+            # the tile of this turn; none in the last
             i_g = i_next_g
             i_slot = i_next_slot
             i_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
@@ -189,18 +191,18 @@ def _forward_kernel(
                 i_next_g = tl.load(p_index + i_p * K + i_k)
                 if NORMALIZE:
                     i_next_slot = tl.load(p_slots + i_p * K + i_k)
-            o_r = (i_tile % tiles) * BR + tl.arange(0, BR)
-            m_r = (o_r < S) & (i_tile < count)
+            o_new_r = (i_tile % tiles) * BR + tl.arange(0, BR)
+            m_new_r = (o_new_r < S) & (i_tile < count)
             if NORMALIZE:
-                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & (i_g >= 0), other=0.0)
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_new_r, mask=m_new_r & (i_g >= 0), other=0.0)
             p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
-            p_neighbor += o_r[:, None].to(tl.int64) * stride_gallery_s
+            p_neighbor += o_new_r[:, None].to(tl.int64) * stride_gallery_s
             # [BR, BC] @ [BC, BS] -> [BR, BS]
             b_corr = tl.zeros([BR, BS], tl.float32)
             if RESIDENT:
                 o_c = tl.arange(0, BC)
                 b_neighbor = tl.load(
-                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & (o_c < C)[None, :], other=0.0
+                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_new_r[:, None] & (o_c < C)[None, :], other=0.0
                 )
                 b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
             else:
@@ -208,7 +210,7 @@ def _forward_kernel(
                     o_c = i_c + tl.arange(0, BC)
                     m_c = o_c < C
                     b_neighbor = tl.load(
-                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
+                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_new_r[:, None] & m_c[None, :], other=0.0
                     )
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
                     if WIDEN:
@@ -234,7 +236,7 @@ def forward(
     rnorm = inverse_norms(gallery, edges) if normalize_gallery else pooled.new_empty(0)
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm
-    _launch_forward(probe, gallery, index, group, edges, rnorm, pooled, argmax)
+    _launch_forward(probe, gallery, index, _order(group), edges, rnorm, pooled, argmax)
     return pooled, argmax, rnorm
 
 
@@ -251,9 +253,9 @@ def pair_sums(
     sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
     if sums.numel() == 0 or gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    rnorm = inverse_norms(gallery, edges) if normalize_gallery else sums.new_empty(0)
+    rnorm, order = inverse_norms(gallery, edges) if normalize_gallery else sums.new_empty(0), _order(group)
     if locations <= config.LARGEST_TILE:
-        _launch_forward(probe, gallery, index, group, edges, rnorm, weight=weight, sums=sums)
+        _launch_forward(probe, gallery, index, order, edges, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
     for start in range(0, neighbors, step):
@@ -265,13 +267,17 @@ def pair_sums(
         else:
             some = None if edges is None else edges._replace(slots=edges.slots.view_as(index)[:, part].contiguous())
             ids = index[:, part].contiguous()
-            _launch_forward(probe, gallery, ids, group, some, rnorm, over_s, weight=weight, sums=found)
+            _launch_forward(probe, gallery, ids, order, some, rnorm, over_s, weight=weight, sums=found)
         sums[:, part] = found
     return sums
 
 
+def _order(group: Tensor | None) -> Tensor | None:
+    return None if group is None else group.argsort(stable=True)
+
+
 def _launch_forward(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
+    probe: Tensor, gallery: Tensor, index: Tensor | None, order: Tensor | None, edges: Edges | None,
     rnorm: Tensor, pooled: Tensor | None = None, argmax: Tensor | None = None, *,
     weight: Tensor | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -280,7 +286,6 @@ def _launch_forward(
     tiles, num_warps, num_stages = config.correlation_forward(
         locations, channels, probe.element_size(), gallery.element_size()
     )
-    order = None if group is None else group.argsort(stable=True)
     share = config.neighbors_per_program(probes, neighbors)
     _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
         probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, weight, sums,

@@ -8,7 +8,7 @@ would read. Runs on any device; CUDA tensors come here in fp64, or when `QACONV_
 
 from __future__ import annotations
 
-import mmap
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -26,7 +26,6 @@ BLOCK = 2**20  # correlations at a time
 MAPS = 2**21  # numbers of the gallery maps at a time
 SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
 ENTRIES = 2**17  # terms of the gradients' sums at a time
-LAZY = 2**25  # bytes of zeros from which on they are left to the system
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -146,10 +145,13 @@ class Peaks(NamedTuple):
     arg_s: Tensor
 
 
-def _peaks(pairs: Pairs, half: torch.dtype, edges: Edges | None, rnorm: Tensor | None) -> Iterator[tuple[Block, Peaks]]:
-    """The maxima of every block, both ways; the inverse norms of gallery maps, if wanted, go to `rnorm` on the way."""
+def _peaks(
+    pairs: Pairs, half: torch.dtype, normalize_gallery: bool, rnorm: Tensor | None = None, slots: Tensor | None = None
+) -> Iterator[tuple[Block, Peaks]]:
+    """The maxima of every block, both ways; inverse norms, where wanted, go to rows `slots [P*K]` of `rnorm`."""
     locations = pairs.locations
-    slots = None if edges is None or pairs.index is None else pairs.ordered(edges.slots.view_as(pairs.index))
+    if slots is not None and pairs.index is not None:
+        slots = pairs.ordered(slots.view_as(pairs.index))
     most_maps = max(1, MAPS // (locations * pairs.channels))
     for block in pairs.blocks(max(1, BLOCK // locations**2), most_maps, most_maps):
         _, lists, sharing, _ = block
@@ -160,9 +162,10 @@ def _peaks(pairs: Pairs, half: torch.dtype, edges: Edges | None, rnorm: Tensor |
         corr, turned = (pairs.scratch(name, shape, pairs.dtype) for name in ("corr", "turned"))
         with _products(half):
             torch.bmm(maps.flatten(1, 2), probe.mT, out=corr)  # [L, k*r, m*s]
-        if rnorm is not None:
+        if normalize_gallery:
             norms = inverse_norm(maps, pairs.dtype)
             corr *= norms.view(lists, -1, 1)
+        if rnorm is not None:
             rows = block.span if slots is None else slots[block.probes, block.span][::sharing].flatten()
             rnorm[rows] = norms.flatten(0, 1)
         if ids is not None and ids.numel() and ids.min() < 0:
@@ -183,25 +186,51 @@ def _peaks(pairs: Pairs, half: torch.dtype, edges: Edges | None, rnorm: Tensor |
 def _max(values: Tensor) -> tuple[Tensor, Tensor]:
     """Maxima over the middle axis of `[N, S, X]` and the first index of each, `[N, X]`; NaN wins.
 
-    Pooling with channels last is the one maximum with indices in torch whose CPU kernel is vectorised, across X.
+    Pooling with channels last is the one maximum with indices in torch whose CPU kernel is vectorised, across X. Of
+    several NaN it finds the last.
     """
     images = values.unsqueeze(2).permute(0, 3, 1, 2)  # [N, X, S, 1]
-    best, where = max_pool2d(images, (values.shape[1], 1), return_indices=True)
-    return best.flatten(1), where.flatten(1)
+    best, where = (found.flatten(1) for found in max_pool2d(images, (values.shape[1], 1), return_indices=True))
+    is_nan = best.isnan()
+    if is_nan.any():
+        where = torch.where(is_nan, values.isnan().to(torch.uint8).argmax(1), where)
+    return best, where
 
 
-@contextmanager
-def _products(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply fp32 copies of bf16 maps as bf16 with fp32 sums, where the CPU can: a setting of the process."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
-    if dtype != torch.bfloat16 or setting is None:
-        yield
-        return
-    before, setting.fp32_precision = setting.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+class _Products:
+    """Multiply fp32 copies of bf16 maps as bf16 with fp32 sums, where the CPU can.
+
+    oneDNN knows this as a setting of the process: meanwhile fp32 products of other threads are taken so as well. It is
+    set back when the last of those inside has left.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = "none"
+
+    @contextmanager
+    def __call__(self, dtype: torch.dtype) -> Iterator[None]:
+        settings = torch.backends.mkldnn
+        if dtype != torch.bfloat16 or not hasattr(settings, "matmul"):  # torch < 2.9
+            yield
+            return
+        with self.lock:
+            if self.inside == 0:
+                before = settings.matmul.fp32_precision
+                self.before = "none" if before == settings.fp32_precision else before  # inherited: stays so
+                settings.matmul.fp32_precision = "bf16"
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if self.inside == 0:
+                    settings.matmul.fp32_precision = self.before
+
+
+_products = _Products()
 
 
 def max_correlation(
@@ -223,7 +252,8 @@ def max_correlation(
     norms = pooled.new_empty(0) if rnorm is None else rnorm[:-1]
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), norms
-    for block, peaks in _peaks(pairs, probe.dtype, edges, rnorm):
+    places = None if edges is None else edges.slots
+    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery, rnorm, places):
         for whole, first, second in ((pooled, peaks.over_r, peaks.over_s), (argmax, peaks.arg_r, peaks.arg_s)):
             part = whole[block.probes].view(block.lists, block.sharing, *shape[1:])[:, :, block.span]
             part[..., :locations], part[..., locations:] = first, second
@@ -235,7 +265,6 @@ def pair_sums(
     gallery: Tensor,
     index: Tensor | None,
     group: Tensor | None,
-    edges: Edges | None,
     normalize_gallery: bool,
     weight: Tensor,
 ) -> Tensor:
@@ -245,9 +274,7 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
-    rnorm = sums.new_empty(slots + 1, locations) if normalize_gallery else None
-    for block, peaks in _peaks(pairs, probe.dtype, edges, rnorm):
+    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
         found = peaks.over_r @ weight[:locations] + peaks.over_s @ weight[locations:]
         sums[block.probes, block.span] = found.flatten(0, 1)
     return pairs.restored(sums)
@@ -326,6 +353,8 @@ class Sums:
 
 def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
     total = torch.zeros_like(pairs.probe)
+    if pairs.gallery.shape[0] == 0:
+        return total
     device, locations = total.device, pairs.locations
     everyone = torch.arange(total.shape[0], device=device) if pairs.order is None else pairs.order
     in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous()
@@ -362,7 +391,7 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         slots, offsets, edges, _ = saved.edges
         slots = slots[: int((slots >= 0).sum())]
     shape = gallery.shape[0] if rows is None else slots.shape[0], locations, channels
-    out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else _zeros(gallery, shape)
+    out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else gallery.new_zeros(shape)
     table, scratch = probe.to(saved.grad.dtype).flatten(0, 1), Scratch(device)
     most_maps = max(1, MAPS // (locations * channels))
     most = max(1, min(most_maps, ENTRIES * slots.shape[0] // max(1, 2 * locations * int(offsets[-1]))))
@@ -388,12 +417,3 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         where = slice(first, first + most) if shape[0] == slots.shape[0] else ids
         out[where] = part.view(-1, locations, channels).to(out.dtype)
     return out
-
-
-def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros; many on the CPU lie in pages that come into being when first written: most of a table stays untouched."""
-    size = like.element_size() * prod(shape)
-    if like.device.type != "cpu" or size < LAZY:
-        return like.new_zeros(shape)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=like.dtype).view(shape)

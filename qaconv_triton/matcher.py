@@ -241,9 +241,10 @@ class QAConv(nn.Module):
         """
         names = "probe_features", "gallery_features", "probe_occ", "gallery_occ"
         self._check_pairs_of_maps(probe_features, gallery_features, probe_occ, gallery_occ, names)
+        step = PAIRS if self._only_sums(evaluate=True) else max(probe_features.shape[0], 1)
         scores = [
             self._score(probe, gallery, index, evaluate=True).squeeze(1)
-            for probe, gallery, index in _pairs(probe_features, gallery_features, probe_occ, gallery_occ)
+            for probe, gallery, index in _pairs(probe_features, gallery_features, probe_occ, gallery_occ, step)
         ]
         return torch.cat(scores)
 
@@ -277,7 +278,7 @@ class QAConv(nn.Module):
         """
         self._check_pairs_of_maps(a, b, a_occ, b_occ, ("a", "b", "a_occ", "b_occ"))
         values, places = [], []
-        for probe, gallery, index in _pairs(a, b, a_occ, b_occ):
+        for probe, gallery, index in _pairs(a, b, a_occ, b_occ, PAIRS):
             pooled, argmax, *_ = ops.max_correlation(probe, gallery, index, None, False, False)
             values.append(pooled)
             places.append(argmax)
@@ -366,12 +367,18 @@ class QAConv(nn.Module):
                 return probe[rows]
             return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
 
-        count = gal_fea.shape[0]
+        probes, items = probe.shape[0], gal_fea.shape[0]
         step = max(1, MAP_BYTES // (4 * self.num_features * self.height * self.width))
-        if count <= step or not self._only_sums(evaluate):
-            return self._score(probe, gallery(slice(0, count)), evaluate=evaluate)
-        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-        return torch.cat([self._score(probe, gallery(part), evaluate=evaluate) for part in parts], dim=1)
+        if max(probes, items) <= step or not self._only_sums(evaluate):
+            return self._score(probe, gallery(slice(0, items)), evaluate=evaluate)
+        scores = probe.new_empty(probes, items, dtype=cpu.accumulation_dtype(dtype))
+        for first in range(0, items, step):
+            columns = slice(first, first + step)
+            maps = gallery(columns)
+            for start in range(0, probes, step):
+                rows = slice(start, start + step)
+                scores[rows, columns] = self._score(probe[rows], maps, evaluate=evaluate)
+        return scores
 
     def _only_sums(self, evaluate: bool) -> bool:
         """Whether neither gradients nor batch statistics need the pooled values."""
@@ -432,11 +439,13 @@ class QAConv(nn.Module):
         return {**self.__dict__, "_kernel": None, "_last_graph": None}
 
 
-def _pairs(a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Prepared maps of `a` and `b`, some at a time, and the index that pairs them; once even if there are none."""
+def _pairs(
+    a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None, step: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Prepared maps of `a` and `b`, `step` at a time, and the index that pairs them; once even if there are none."""
     dtype = functional.correlation_dtype(a)
-    for start in range(0, max(a.shape[0], 1), PAIRS):
-        rows = slice(start, start + PAIRS)
+    for start in range(0, max(a.shape[0], 1), step):
+        rows = slice(start, start + step)
         probe = functional.prepare_maps(a[rows], _rows(a_occ, rows), dtype)
         gallery = functional.prepare_maps(b[rows], _rows(b_occ, rows), dtype)
         yield probe, gallery, torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)

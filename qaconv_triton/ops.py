@@ -133,16 +133,16 @@ def pair_sums(
 
     Neither these nor where the best matches are is kept. Not differentiable. `weight` has the dtype of the result.
     """
-    sums = cpu.pair_sums
-    if uses_triton(probe.device, probe.dtype):
+    index = None if index is None else index.contiguous()
+    weight, maps, keys = weight.contiguous(), _locations(probe).contiguous(), _locations(gallery)
+    with _as_given(probe):
+        if not uses_triton(probe.device, probe.dtype):
+            return cpu.pair_sums(maps, keys, index, group, normalize_gallery, weight)
         from .kernels import max_correlation as kernel
 
-        sums = kernel.pair_sums
-    index = None if index is None else index.contiguous()
-    with _as_given(probe):
         edges = inverse_list(index, gallery.shape[0]) if index is not None and normalize_gallery else None
-        maps = _locations(probe).contiguous()
-        return sums(maps, _locations(gallery), index, group, edges, normalize_gallery, weight.contiguous())
+        sums: Tensor = kernel.pair_sums(maps, keys, index, group, edges, normalize_gallery, weight)
+        return sums
 
 
 @pair_sums.register_fake

@@ -53,7 +53,7 @@ def test_the_truth_is_that_of_plain_code(classes: Problem, pairs: Problem) -> No
     maps = classes.matcher.class_embed
     for problem, values in (
         (classes, eager.per_label(classes.matcher, classes.probe, classes.labels)),
-        (classes, eager.vectorised(classes.matcher, classes.probe, classes.labels)),
+        (classes, eager.vectorised(classes.matcher, classes.probe, classes.labels, 2)),
         (every, eager.all_pairs(classes.matcher, classes.probe, maps)),
         (pairs, eager.all_pairs(pairs.matcher, pairs.probe, pairs.items)),
         (pairs, eager.all_pairs_tuned(pairs.matcher, pairs.probe, pairs.items)),
@@ -65,7 +65,10 @@ def test_the_truth_is_that_of_plain_code(classes: Problem, pairs: Problem) -> No
         assert len(true.untouched) == untouched
     pairs.matcher.eval()
     true = matching.truth(pairs, False)
-    assert matching.check_scores(true, EXACT, eager.match(pairs.matcher, pairs.probe, pairs.items)).wrong == ""
+    assert (
+        matching.check_scores(true, EXACT, eager.match(eager.all_pairs, pairs.matcher, pairs.probe, pairs.items)).wrong
+        == ""
+    )
 
 
 def test_a_truth_of_a_sample_is_that_part_of_the_whole(pairs: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,21 +81,24 @@ def test_a_truth_of_a_sample_is_that_part_of_the_whole(pairs: Problem, monkeypat
     assert torch.allclose(sample.items, whole.items[:3], atol=1e-12)
     assert torch.allclose(sample.probe, whole.probe[:2], atol=1e-12)
     assert torch.allclose(sample.weight, whole.weight, atol=1e-12)
-    rows = matching.truth(pairs, False).scores
-    assert torch.allclose(rows, frozen.scores[:2], atol=1e-12)
+    some = matching.truth(pairs, False)
+    assert some.rows.tolist() == [0, 4]
+    assert torch.allclose(some.scores, frozen.scores[[0, 4]], atol=1e-12)
     found = eager.all_pairs(pairs.matcher, pairs.probe, pairs.items)
     assert matching.check_gradients(sample, EXACT, _gradients(pairs, found)).wrong == ""
 
 
 def test_the_checks_see_what_is_wrong(classes: Problem) -> None:
     true, limit = matching.truth(classes, True), matching.tolerance(torch.float32)
-    values = eager.vectorised(classes.matcher, classes.probe, classes.labels)
+    values = eager.vectorised(classes.matcher, classes.probe, classes.labels, 2)
     gradients = _gradients(classes, values)
     column = int((true.scores[0] == 0).nonzero()[0])
-    for spoiled in (float("nan"), 0.1):
+    for spoiled, said in ((float("nan"), "scores that are not finite"), (0.1, "scores are off")):
         worse = values.detach().clone()
         worse[0, column] = spoiled
-        assert matching.check_scores(true, limit, worse).wrong.startswith("scores are off")
+        assert matching.check_scores(true, limit, worse).wrong.startswith(said)
+    assert matching.check_scores(true, limit, values[:, :-1]).wrong.startswith("scores [6, 39]")
+    assert matching.check_scores(true, limit, values[:-1]).wrong.startswith("scores [5, 40]")
     assert matching.check_scores(true, limit, values.detach() * 1.0001).wrong == ""
 
     def wrong(position: int, replacement: Tensor) -> str:

@@ -374,8 +374,13 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.layout == torch.strided:
+        strided = [
+            [value for value in tree_leaves(values) if isinstance(value, Tensor) and value.layout == torch.strided]
+            for values in ((args, kwargs), result)
+        ]
+        given = {value.untyped_storage().data_ptr() for value in strided[0]}
+        for value in strided[1]:
+            if value.untyped_storage().data_ptr() not in given:  # or else a view
                 self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
         return result
 
@@ -393,7 +398,8 @@ def largest(monkeypatch: pytest.MonkeyPatch) -> LargestTensor:
 
         return run
 
-    for module, name in ((cpu, "max_correlation"), (cpu, "max_correlation_backward"), (cpu_topk, "cosine_topk")):
+    matching = ((cpu, name) for name in ("max_correlation", "pair_sums", "max_correlation_backward"))
+    for module, name in (*matching, (cpu_topk, "cosine_topk")):
         monkeypatch.setattr(module, name, observed(getattr(module, name)))
     return mode
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from eager import DEVICE, LABELS, C, Eager, H, K, N, S, W, assert_close, build, gallery_inputs, ids, maps, visibility
@@ -14,7 +16,7 @@ from qaconv_triton.kernels import config
 
 INDEX = [[2, 0, 2, 1], [1, 2, 0, 0], [2, 0, 2, 1]]
 GROUP = [5, 1, 5]
-SHAPES = {6: (2, 3), 49: (7, 7), 65: (13, 5), 192: (24, 8), 260: (20, 13)}
+SHAPES = {6: (2, 3), 49: (7, 7), 65: (13, 5), 130: (13, 10), 192: (24, 8), 260: (20, 13), 1024: (32, 32)}
 ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -40,7 +42,7 @@ def check(probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize(("locations", "channels"), [(6, 5), (49, 33), (65, 16), (192, 16), (260, 7)])
+@pytest.mark.parametrize(("locations", "channels"), [(6, 5), (49, 33), (65, 16), (192, 16), (260, 7), (1024, 4)])
 def test_sums(locations: int, channels: int, indexed: bool, normalize: bool, backend: str) -> None:
     shape = channels, *SHAPES[locations]
     probe, gallery = prepared(3, 1, shape), (maps if normalize else prepared)(3, 2, shape=shape)
@@ -54,14 +56,37 @@ def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     check(prepared(3, 1, shape, dtype), prepared(3, 2, shape, dtype), None, None, False)
 
 
-@pytest.mark.parametrize("channels", [3, 64, 512])
+@pytest.mark.parametrize(("locations", "channels"), [(6, 3), (6, 512), (65, 64), (130, 16)])
 @pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-def test_all_channels_of_a_probe_at_once(normalize: bool, channels: int, backend: str) -> None:
-    """In half precision the kernel keeps them, if there are not too many, while more than one neighbour comes past."""
-    shape = channels, 3, 3
-    probe, gallery = prepared(2, 1, shape, torch.bfloat16), prepared(40, 2, shape, torch.bfloat16)
+def test_all_channels_of_a_probe_at_once(
+    normalize: bool, locations: int, channels: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision the kernel keeps them, if there are not too many, while neighbours come past."""
+    monkeypatch.setattr(config, "neighbors_per_program", lambda *_: 3)
+    shape = channels, *SHAPES[locations]
+    probe, gallery = prepared(2, 1, shape, torch.bfloat16), prepared(5, 2, shape, torch.bfloat16)
     check(probe, gallery, None, None, normalize)
-    check(probe, gallery, torch.arange(80, device=DEVICE).view(2, 40) % 40, None, normalize)
+    check(probe, gallery, ids([[3, 1, 4, 1, 0], [4, 2, 2, 0, 3]]), None, normalize)
+
+
+@pytest.mark.parametrize("share", [1, 2, 3, 5])
+@pytest.mark.parametrize("locations", [6, 65, 130])
+def test_however_many_neighbors_a_program_has(
+    locations: int, share: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "neighbors_per_program", lambda *_: share)
+    probe, gallery = prepared(3, 1, (5, *SHAPES[locations])), maps(6, 2, shape=(5, *SHAPES[locations]))
+    lists, group = ids([[3, 1, -1, 5, 0], [-1, 2, 2, 0, 5], [3, 1, -1, 5, 0]]), ids([4, 0, 4])
+    weight = torch.ones(2 * locations, device=DEVICE)
+    expected = reference.max_correlation(
+        reference.locations(probe.double()), reference.locations(gallery.double()), lists, True
+    )
+    pooled, argmax, *_ = ops.max_correlation(probe, gallery, lists, group, True, False)
+    torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=2e-6, equal_nan=True)
+    alone = ops.max_correlation(probe[:1], gallery, lists[:1], None, True, False)
+    assert torch.equal(argmax[0][lists[0] >= 0], alone[1][0][lists[0] >= 0])
+    sums = ops.pair_sums(probe, gallery, lists, group, True, weight)
+    torch.testing.assert_close(sums.double(), expected.sum(-1), rtol=0, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
@@ -153,6 +178,18 @@ def test_norms_that_track_nothing_see_the_whole_gallery(monkeypatch: pytest.Monk
     assert_close(matcher.match(*inputs.values()), kept, 1e-12)
 
 
+def test_pairs_share_the_statistics_of_norms_that_track_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher_module, "PAIRS", 2)
+    matcher = build(torch.float64, "eval")
+    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double()
+    a, b = maps(3, 1, torch.float64), maps(3, 2, torch.float64)
+    pooled = ops.max_correlation(
+        a := F.normalize(a, dim=1), F.normalize(b, dim=1), ids([[0], [1], [2]]), None, False, False
+    )[0]
+    expected = reference.pair_scores(pooled, matcher.bn, matcher.fc, matcher.logit_bn).squeeze(1)
+    assert_close(matcher.match_pairs(a, b), expected, 1e-12)
+
+
 def test_synchronised_norms_are_refused_in_eval_mode() -> None:
     matcher = torch.nn.SyncBatchNorm.convert_sync_batchnorm(build(mode="eval"))
     with pytest.raises(TypeError, match="one process's pairs"):
@@ -208,6 +245,14 @@ def test_correspondences_of_equals_are_the_lowest(backend: str) -> None:
     assert found.a_location.eq(0).all()
 
 
+def test_correspondences_of_nan_are_the_lowest_nan(backend: str) -> None:
+    a, b = maps(1, 1, shape=(4, 2, 3)), maps(1, 2, shape=(4, 2, 3))
+    a[..., 0, 1], b[..., 1, :] = torch.nan, torch.nan
+    found = QAConv(4, 2, 3).to(DEVICE).correspondences(a, b)
+    assert found.b_location.flatten().tolist() == [3, 0, 3, 3, 3, 3]
+    assert found.a_location.flatten().tolist() == [1, 1, 1, 0, 0, 0]
+
+
 def test_correspondences_of_nothing() -> None:
     nothing = maps(0, 1)
     assert [part.shape for part in build().correspondences(nothing, nothing)] == [(0, H, W)] * 4
@@ -234,17 +279,49 @@ def test_scores_are_those_of_the_correspondences() -> None:
 # --- bf16 on the CPU
 
 
-def test_products_of_bf16_leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While they are taken the process is told that fp32 may be rounded; whatever happens, not longer."""
+@pytest.fixture
+def setting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """oneDNN's precision of fp32 products, which those of bf16 maps are taken by."""
+    found = getattr(torch.backends.mkldnn, "matmul", None)
+    if found is None:
+        pytest.skip("torch before 2.9 has no such setting")
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
-    before = getattr(setting, "fp32_precision", None)
-    check(prepared(3, 1, (33, 7, 7), torch.bfloat16), prepared(3, 2, (33, 7, 7), torch.bfloat16), None, None, False)
-    assert getattr(setting, "fp32_precision", None) == before
+    return found
 
-    def fail(*_: object) -> None:
+
+def test_products_of_bf16_leave_the_process_as_it_was(setting: Any) -> None:
+    before = setting.fp32_precision
+    check(prepared(3, 1, (33, 7, 7), torch.bfloat16), prepared(3, 2, (33, 7, 7), torch.bfloat16), None, None, False)
+    assert setting.fp32_precision == before
+
+    def fail() -> None:
+        assert setting.fp32_precision == "bf16"
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"), cpu._products(torch.bfloat16):
         fail()
-    assert getattr(setting, "fp32_precision", None) == before
+    assert setting.fp32_precision == before
+
+
+def test_products_of_bf16_in_two_threads_leave_the_process_as_it_was(setting: Any) -> None:
+    before = setting.fp32_precision
+    first, second = (cpu._products(torch.bfloat16) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert setting.fp32_precision == "bf16"
+    second.__exit__(None, None, None)
+    assert setting.fp32_precision == before
+
+
+def test_products_of_bf16_do_not_pin_what_was_inherited(setting: Any) -> None:
+    parent = torch.backends.mkldnn
+    before = parent.fp32_precision
+    try:
+        with cpu._products(torch.bfloat16):
+            pass
+        for value in ("ieee", "bf16"):
+            parent.fp32_precision = value
+            assert setting.fp32_precision == value
+    finally:
+        parent.fp32_precision = before
