@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,7 +175,9 @@ def test_cosine_topk_op(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def fresh_compiler() -> Any:
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Nothing compiled earlier is used: not by this process, nor by one that knew the ops as they were."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -330,6 +330,17 @@ def test_negative_ids(normalize: bool, sparse_grad: bool, with_group: bool, back
     check(probe, gallery, index, group, normalize=normalize, sparse_grad=sparse_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_into_an_empty_gallery(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    probe = make_probe(2, 7, (2, 3), device, dtype).requires_grad_()
+    gallery = make_maps(0, 7, (2, 3), device, dtype).requires_grad_()
+    pooled = ops.max_correlation(probe, gallery, torch.full((2, 3), -1, device=device), None, True, False)[0]
+    assert pooled.isnan().all()
+    to_probe, to_gallery = torch.autograd.grad(pooled, (probe, gallery), torch.ones_like(pooled))
+    assert to_probe.eq(0).all()
+    assert to_gallery.shape == gallery.shape
+
+
 @pytest.mark.parametrize("sparse_grad", [False, True])
 def test_only_negative_ids(sparse_grad: bool, backend: str, device: torch.device) -> None:
     probe, gallery, _ = make_case((2, 3), 7, device, indexed=True, normalize=True)
