@@ -8,13 +8,14 @@ arXiv:2104.01546.
 
 from . import functional
 from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
-from .matcher import QAConv
+from .matcher import Correspondences, QAConv
 from .sampler import GraphSampler
 from .scores import ClassScores
 
 __all__ = [
     "ClassMemoryLoss",
     "ClassScores",
+    "Correspondences",
     "GraphSampler",
     "PairwiseMatchingLoss",
     "QAConv",

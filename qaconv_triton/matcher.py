@@ -26,6 +26,8 @@ PAIRS = 256  # of corresponding maps at a time, likewise
 class Correspondences(NamedTuple):
     """Best matches between the maps of pairs, both ways, `[B, H, W]` each; locations are counted row by row, h*W + w.
 
+    NaN is more similar than any number: a location of NaN is the best match of all.
+
     Attributes:
         b_location: int64, for each location of a the location of b that is most similar.
         similarity_a: its cosine similarity, times both visibilities; fp32 (fp64 for fp64).
