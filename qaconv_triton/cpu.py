@@ -22,9 +22,9 @@ from torch.nn.functional import embedding_bag, max_pool2d
 from .kernels.config import argmax_dtype
 from .kernels.edges import Edges
 
-BLOCK = 2**20  # correlations at a time
+BLOCK = 2**22  # correlations at a time
 MAPS = 2**21  # numbers of the gallery maps at a time
-SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
+SHARING = 2048  # probe locations at a time: enough for products to be as fast as they get
 ENTRIES = 2**17  # terms of the gradients' sums at a time
 
 
@@ -136,19 +136,13 @@ class Pairs:
         return rows.view(*ids.shape, self.locations, self.channels)
 
 
-class Peaks(NamedTuple):
-    """Best matches of a block: `[L, m, k, S]` over r and where, then over s and where."""
-
-    over_r: Tensor
-    arg_r: Tensor
-    over_s: Tensor
-    arg_s: Tensor
-
-
-def _peaks(
+def _correlations(
     pairs: Pairs, half: torch.dtype, normalize_gallery: bool, rnorm: Tensor | None = None, slots: Tensor | None = None
-) -> Iterator[tuple[Block, Peaks]]:
-    """The maxima of every block, both ways; inverse norms, where wanted, go to rows `slots [P*K]` of `rnorm`."""
+) -> Iterator[tuple[Block, Tensor]]:
+    """Every block and its correlations `[L, k, r, m, s]`, good until the next is asked for.
+
+    Inverse norms, where wanted, go to rows `slots [P*K]` of `rnorm`.
+    """
     locations = pairs.locations
     if slots is not None and pairs.index is not None:
         slots = pairs.ordered(slots.view_as(pairs.index))
@@ -159,7 +153,7 @@ def _peaks(
         maps = pairs.maps(block, ids)
         probe = pairs.probe[block.probes].reshape(lists, sharing * locations, pairs.channels)
         shape = lists, maps.shape[1] * locations, sharing * locations
-        corr, turned = (pairs.scratch(name, shape, pairs.dtype) for name in ("corr", "turned"))
+        corr = pairs.scratch("corr", shape, pairs.dtype)
         with _products(half):
             torch.bmm(maps.flatten(1, 2), probe.mT, out=corr)  # [L, k*r, m*s]
         if normalize_gallery:
@@ -170,17 +164,7 @@ def _peaks(
             rnorm[rows] = norms.flatten(0, 1)
         if ids is not None and ids.numel() and ids.min() < 0:
             corr.view(*ids.shape, -1)[ids < 0] = torch.nan
-        over_r, arg_r = (
-            values.view(lists, -1, sharing, locations).transpose(1, 2)
-            for values in _max(corr.view(-1, locations, sharing * locations))
-        )
-        over_s, arg_s = (
-            values.view(lists, sharing, -1, locations)
-            for values in _max(
-                turned.view(lists, shape[2], shape[1]).copy_(corr.mT).view(lists * sharing, locations, -1)
-            )
-        )
-        yield block, Peaks(over_r, arg_r, over_s, arg_s)
+        yield block, corr.view(lists, -1, locations, sharing, locations)
 
 
 def _max(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,10 +237,15 @@ def max_correlation(
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), norms
     places = None if edges is None else edges.slots
-    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery, rnorm, places):
-        for whole, first, second in ((pooled, peaks.over_r, peaks.over_s), (argmax, peaks.arg_r, peaks.arg_s)):
-            part = whole[block.probes].view(block.lists, block.sharing, *shape[1:])[:, :, block.span]
-            part[..., :locations], part[..., locations:] = first, second
+    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery, rnorm, places):
+        lists, count, _, sharing, _ = corr.shape
+        over_r = _max(corr.view(-1, locations, sharing * locations))
+        turned = pairs.scratch("turned", (lists, sharing * locations, count * locations), pairs.dtype)
+        over_s = _max(turned.copy_(corr.view(lists, -1, sharing * locations).mT).view(lists * sharing, locations, -1))
+        for whole, of_s, of_r in zip((pooled, argmax), over_r, over_s, strict=True):
+            part = whole[block.probes].view(lists, sharing, *shape[1:])[:, :, block.span]
+            part[..., :locations] = of_s.view(lists, count, sharing, locations).transpose(1, 2)
+            part[..., locations:] = of_r.view(lists, sharing, count, locations)
     return pairs.restored(pooled), pairs.restored(argmax), norms
 
 
@@ -274,9 +263,9 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    for block, peaks in _peaks(pairs, probe.dtype, normalize_gallery):
-        found = peaks.over_r @ weight[:locations] + peaks.over_s @ weight[locations:]
-        sums[block.probes, block.span] = found.flatten(0, 1)
+    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery):
+        over_r, over_s = corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)  # both [L, m, k, S]
+        sums[block.probes, block.span] = (over_r @ weight[:locations] + over_s @ weight[locations:]).flatten(0, 1)
     return pairs.restored(sums)
 
 
