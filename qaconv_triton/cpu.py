@@ -22,9 +22,10 @@ from torch.nn.functional import embedding_bag, max_pool2d
 from .kernels.config import argmax_dtype
 from .kernels.edges import Edges
 
-BLOCK = 2**22  # correlations at a time
+BLOCK = 2**20  # correlations at a time
+LARGER = 4  # blocks by so much where all that remains of a pair is a number
 MAPS = 2**21  # numbers of the gallery maps at a time
-SHARING = 2048  # probe locations at a time: enough for products to be as fast as they get
+SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
 ENTRIES = 2**17  # terms of the gradients' sums at a time
 
 
@@ -108,9 +109,9 @@ class Pairs:
             return values
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
-    def blocks(self, most_pairs: int, longest: int, most_maps: int) -> Iterator[Block]:
+    def blocks(self, most_pairs: int, longest: int, most_maps: int, sharing: int = SHARING) -> Iterator[Block]:
         """All pairs once, so many at a time, of spans no longer than that, and with so many maps at a time."""
-        most_sharing = max(1, min(most_pairs, SHARING // self.locations))
+        most_sharing = max(1, min(most_pairs, sharing // self.locations))
         parts = [min(most_sharing, size - done) for size in self.sizes for done in range(0, size, most_sharing)]
         first = 0
         for sharing, run in groupby(parts):
@@ -137,7 +138,12 @@ class Pairs:
 
 
 def _correlations(
-    pairs: Pairs, half: torch.dtype, normalize_gallery: bool, rnorm: Tensor | None = None, slots: Tensor | None = None
+    pairs: Pairs,
+    half: torch.dtype,
+    normalize_gallery: bool,
+    rnorm: Tensor | None = None,
+    slots: Tensor | None = None,
+    larger: int = 1,
 ) -> Iterator[tuple[Block, Tensor]]:
     """Every block and its correlations `[L, k, r, m, s]`, good until the next is asked for.
 
@@ -147,7 +153,7 @@ def _correlations(
     if slots is not None and pairs.index is not None:
         slots = pairs.ordered(slots.view_as(pairs.index))
     most_maps = max(1, MAPS // (locations * pairs.channels))
-    for block in pairs.blocks(max(1, BLOCK // locations**2), most_maps, most_maps):
+    for block in pairs.blocks(max(1, larger * BLOCK // locations**2), most_maps, most_maps, larger * SHARING):
         _, lists, sharing, _ = block
         ids = pairs.ids(block)
         maps = pairs.maps(block, ids)
@@ -263,7 +269,7 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery):
+    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery, larger=LARGER):
         over_r, over_s = corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)  # both [L, m, k, S]
         sums[block.probes, block.span] = (over_r @ weight[:locations] + over_s @ weight[locations:]).flatten(0, 1)
     return pairs.restored(sums)
