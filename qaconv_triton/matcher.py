@@ -33,6 +33,11 @@ class Correspondences(NamedTuple):
         similarity_a: its cosine similarity, times both visibilities; fp32 (fp64 for fp64).
         a_location: int64, for each location of b the location of a that is most similar.
         similarity_b: likewise.
+
+    Example:
+        >>> found = Correspondences(torch.tensor([[[5]]]), torch.ones(1, 1, 1), torch.tensor([[[0]]]), torch.ones(1, 1, 1))
+        >>> divmod(found.b_location.item(), 3)  # row and column, on a map of width 3
+        (1, 2)
     """
 
     b_location: Tensor
