@@ -35,7 +35,8 @@ class Correspondences(NamedTuple):
         similarity_b: likewise.
 
     Example:
-        >>> found = Correspondences(torch.tensor([[[5]]]), torch.ones(1, 1, 1), torch.tensor([[[0]]]), torch.ones(1, 1, 1))
+        >>> similar = torch.ones(1, 1, 1)
+        >>> found = Correspondences(torch.tensor([[[5]]]), similar, torch.tensor([[[0]]]), similar)
         >>> divmod(found.b_location.item(), 3)  # row and column, on a map of width 3
         (1, 2)
     """
