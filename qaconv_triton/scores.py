@@ -116,13 +116,8 @@ def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """A frozen norm of one channel as scale and shift, both `[]`, in fp64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale.squeeze(0), shift.squeeze(0)
+    scale, shift = _scale_and_shift(norm, norm.running_var.double())
+    return scale.squeeze(0), (shift - norm.running_mean.double() * scale).squeeze(0)
 
 
 def _check_norms(bn: nn.Module, logit_bn: nn.Module) -> None:
@@ -169,11 +164,15 @@ def _batch_norm(
         centred = values - mean
         if mask is not None:
             centred = torch.where(mask, centred, 0.0)
+    return centred, *_scale_and_shift(norm, variance)
+
+
+def _scale_and_shift(norm: nn.BatchNorm1d, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """What `norm` does to centred values of that variance, in its dtype."""
     scale = (variance + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.to(values.dtype)
-    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.to(values.dtype)
-    return centred, scale, shift
+        scale = scale * norm.weight.to(variance.dtype)
+    return scale, torch.zeros_like(scale) if norm.bias is None else norm.bias.to(variance.dtype)
 
 
 @torch.no_grad()

@@ -169,25 +169,27 @@ def test_norms_without_parameters_or_bias_are_folded(part: str) -> None:
     assert_close(matcher.match(*inputs.values()), kept, 1e-12)
 
 
-def test_norms_that_track_nothing_see_the_whole_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untracked(monkeypatch: pytest.MonkeyPatch) -> QAConv:
+    """A matcher whose scores depend on all pairs of a call, among maps that are otherwise taken piece by piece."""
     monkeypatch.setattr(matcher_module, "MAP_BYTES", 1)
-    matcher = build(torch.float64, "eval")
-    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double()
-    inputs = gallery_inputs(torch.float64, occluded=False)
-    kept = matcher(**inputs)
-    assert_close(matcher.match(*inputs.values()), kept, 1e-12)
-
-
-def test_pairs_share_the_statistics_of_norms_that_track_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matcher_module, "PAIRS", 2)
     matcher = build(torch.float64, "eval")
     matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double()
-    a, b = maps(3, 1, torch.float64), maps(3, 2, torch.float64)
-    pooled = ops.max_correlation(
-        a := F.normalize(a, dim=1), F.normalize(b, dim=1), ids([[0], [1], [2]]), None, False, False
-    )[0]
-    expected = reference.pair_scores(pooled, matcher.bn, matcher.fc, matcher.logit_bn).squeeze(1)
-    assert_close(matcher.match_pairs(a, b), expected, 1e-12)
+    return matcher
+
+
+def test_norms_that_track_nothing_see_the_whole_gallery(untracked: QAConv) -> None:
+    inputs = gallery_inputs(torch.float64, occluded=False)
+    kept = untracked(**inputs)
+    assert_close(untracked.match(*inputs.values()), kept, 1e-12)
+
+
+def test_pairs_share_the_statistics_of_norms_that_track_nothing(untracked: QAConv) -> None:
+    a, b = (prepared(3, seed, (C, H, W), torch.float64) for seed in (1, 2))
+    pooled = ops.max_correlation(a, b, ids([[0], [1], [2]]), None, False, False)[0]
+    expected = reference.pair_scores(pooled, untracked.bn, untracked.fc, untracked.logit_bn).squeeze(1)
+    assert_close(untracked.match_pairs(a, b), expected, 1e-12)
 
 
 def test_synchronised_norms_are_refused_in_eval_mode() -> None:
