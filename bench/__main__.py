@@ -4,6 +4,8 @@ python -m bench                     every op at every case of the device
 python -m bench graph --tiny        one op, small: graph (the class graph), classes (the class path), pairs (all pairs)
 python -m bench classes --parts forward step
 python -m bench static --arch 90    what the compiler makes of the kernels (bench.static)
+python -m bench report              the tables and plots of docs/benchmarks.md, from the CSV files (bench.report)
+python -m bench gpu-check           all that there is to see on a machine with a GPU, in ten minutes (bench.gpu_check)
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from . import table
 
 # each has run(arguments) -> the rows of one case after the other, of the op that the arguments name
 OPS = {"graph": "bench.graph", "classes": "bench.scores", "pairs": "bench.scores"}
+# each has main(arguments), with options of its own
+COMMANDS = {"static": "bench.static", "report": "bench.report", "gpu-check": "bench.gpu_check"}
 PARTS = ("forward", "backward", "step", "match")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -28,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("op", nargs="?", choices=[*OPS, "static"], help="all but static where left out")
+    options.add_argument("op", nargs="?", choices=[*OPS, *COMMANDS], help="the first three where left out")
     options.add_argument("--cases", nargs="+", type=_case, metavar="SIZE", help="sizes joined by x, as in the results")
     options.add_argument("--parts", nargs="+", choices=PARTS, help="of classes and pairs; all of a case where left out")
     options.add_argument("--providers", nargs="+", metavar="NAME", help="those with one of these in their names")
@@ -59,9 +63,8 @@ def _case(text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the ops that the command line names."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["static"]:
-        sys.argv = ["bench.static", *given[1:]]
-        importlib.import_module("bench.static").main()
+    if given and given[0] in COMMANDS:
+        importlib.import_module(COMMANDS[given[0]]).main(given[1:])
         return
     options = parser().parse_args(given)
     if options.threads:

@@ -241,12 +241,12 @@ def _width(operation: str) -> int:
     return int(found[1]) if found else 32
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the table, or JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser("python -m bench static", description=main.__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     reports = [row for case in cases() for arch in options.arch for row in report(case, arch)]
     if options.json:
         json.dump([asdict(row) for row in reports], sys.stdout)

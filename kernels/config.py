@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which fe
 WORKSPACE_BYTES = 256 * 2**20  # of cosine top-k on the CPU, beyond O(N K)
 PARTIAL_BYTES = 128 * 2**20  # of maxima of maps that take more than one tile, where only sums of them are wanted
 LARGEST_TILE = 64  # locations
+AMD = 942  # gfx942 stands for every AMD GPU
 
 
 class Config(NamedTuple):
@@ -41,7 +42,7 @@ def precision() -> str:
     At "highest" an operand is split into two tf32 parts and three products restore what one loses: as accurate as
     fp32 to within its rounding, on the tensor cores, and without the spills of a product in scalar fp32.
     """
-    if torch.version.hip is not None:
+    if generation() == AMD:
         return "ieee"
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
     if setting is None:
@@ -55,7 +56,7 @@ def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
     A raw gallery may exceed the range of fp16, if not its precision: it meets an fp16 probe in tf32.
     """
     if probe == torch.float16 and gallery != torch.float16:
-        return {"WIDEN": True, "PRECISION": "ieee" if torch.version.hip is not None else "tf32"}
+        return {"WIDEN": True, "PRECISION": "ieee" if generation() == AMD else "tf32"}
     return {"WIDEN": False, "PRECISION": precision()}
 
 
@@ -63,14 +64,14 @@ def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
 def generation() -> int:
     """The GPU's architecture as in sm_90 or gfx942, 90 or 942; 90 where there is none."""
     if torch.version.hip is not None:
-        return 942
+        return AMD
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     return 10 * major + minor
 
 
 def shared_memory() -> int:
     """Bytes of shared memory that a program may use (CUDA programming guide; CDNA3 ISA guide)."""
-    small = 65_536 if generation() == 942 else 101_376
+    small = 65_536 if generation() == AMD else 101_376
     return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}.get(generation(), small)
 
 
