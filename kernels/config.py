@@ -1,13 +1,15 @@
 """The only table of tile sizes, warps and stages.
 
-A shape class (location count, element size) picks a row; sizes that change from batch to batch (P, G, N) never do, and
-kernels are not specialised on them: a new batch size compiles nothing new. Lists are selected from in powers of two.
-Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
+A shape class (locations, channels, element sizes) picks a row; sizes that change from batch to batch (P, G, N) never
+do, and kernels are not specialised on them: a new batch size compiles nothing new. Lists are selected from in powers of
+two. The first configuration of a row is the one that is shipped; tuning.py may find another of them faster on the GPU
+at hand. Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -85,7 +87,20 @@ def _power_of_two(size: int, low: int, high: int) -> int:
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
-def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> Config:
+def shape_class(locations: int, channels: int, *element_sizes: int) -> tuple[int, ...]:
+    """What the rows of max correlation depend on: sizes of a model, in powers of two; no batch size is among them."""
+    return _power_of_two(locations, 16, 2**30), _power_of_two(channels, 16, 2**30), *element_sizes
+
+
+def _fitting(configs: Iterable[Config], stage_bytes: Callable[[dict[str, int]], int]) -> list[Config]:
+    """The first, which is shipped, and of the others those different ones whose stages fit into shared memory."""
+    first, *others = configs
+    different = [config for number, config in enumerate(others) if config not in (first, *others[:number])]
+    spare = 1 if generation() == AMD else 0  # of the stages, one stays in registers
+    return [first, *(c for c in different if (c.num_stages - spare) * stage_bytes(c.tiles) <= shared_memory())]
+
+
+def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
     """Forward of max correlation: a `[BR, BS]` correlation tile; RESIDENT: with all channels of BS probe locations.
 
     In half precision these stay in shared memory while neighbours stream past, one tile ahead, where that fits without
@@ -93,14 +108,20 @@ def correlation_forward(locations: int, channels: int, probe_size: int, gallery_
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
     whole = _power_of_two(channels, 16, 2**16)
-    num_warps = 8 if tile == LARGEST_TILE else 4
     family = generation() // 10
     buffers = 2 if family == 9 else 1  # of neighbours: Hopper's products read them where they lie
-    if probe_size == gallery_size == 2 and family in (8, 9):
-        if (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
-            return Config({"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}, num_warps, num_stages=2)
+    is_half = probe_size == gallery_size == 2
+    warps = (8, 4) if tile == LARGEST_TILE else (4, 2)
+    kept = {"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}
+    found = []
+    if is_half and family in (8, 9) and (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
+        found += [Config(kept, number, num_stages=2) for number in warps]
     step = 64 if probe_size == 2 else 32
-    return Config({"BS": tile, "BR": tile, "BC": min(whole, step), "RESIDENT": False}, num_warps, num_stages=3)
+    for channels_a_step in (step, 2 * step):
+        read = kept | {"BC": min(whole, channels_a_step), "RESIDENT": False}
+        found += [Config(read, number, num_stages=3) for number in warps]
+    wider = max(probe_size, gallery_size)
+    return _fitting(found, lambda tiles: 0 if tiles["RESIDENT"] else 2 * tile * tiles["BC"] * wider)
 
 
 def norms(channels: int) -> Config:
@@ -113,30 +134,38 @@ def neighbors_per_program(probes: int, neighbors: int) -> int:
     return max(1, min(32, neighbors, probes * neighbors // 1024))
 
 
-def correlation_backward(locations: int, channels: int, element_size: int) -> Config:
+def correlation_backward(locations: int, channels: int, element_size: int) -> list[Config]:
     """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator.
 
     fp32 takes smaller tiles: its products split every operand in two.
     """
     tile = _power_of_two(locations, 16, 64 if element_size == 2 else 32)
-    tiles = {"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, 128)}
-    return Config(tiles, num_warps=8 if tile >= 32 else 4, num_stages=3)
+    found = [
+        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, num_stages=3)
+        for most in (128, 64, 256)
+        for num_warps in ((8, 4) if tile >= 32 else (4, 2))
+    ]
+    return _fitting(found, lambda tiles: element_size * tile * tiles["BC"])
 
 
-def cosine_topk(dim: int, element_size: int) -> Config:
+def cosine_topk(dim: int, element_size: int) -> list[Config]:
     """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD, GROUP row tiles at a time.
 
     The largest tiles whose products and lists share the registers without a spill; where embeddings are short, those
     of which two programs fit a multiprocessor, so that one multiplies while the other appends.
     """
     is_half, is_long = element_size == 2, dim >= 2048
-    tile, num_warps = (64, 128), 8
+    first = (64, 128, 8)
     if generation() // 10 == 9:
-        tile, num_warps = ((128, 256 if is_half else 128), 8) if is_long else ((64, 128), 4)
+        first = (128, 256 if is_half else 128, 8) if is_long else (64, 128, 4)
     elif generation() // 10 == 10 and is_half:
-        tile = (128, 256 if is_long else 128)
-    tiles = {"BM": tile[0], "BN": tile[1], "BD": 128 // element_size, "GROUP": 1024 // tile[0]}
-    return Config(tiles, num_warps, num_stages=3)
+        first = (128, 256 if is_long else 128, 8)
+    step = 128 // element_size
+    found = [
+        Config({"BM": rows, "BN": columns, "BD": step, "GROUP": 1024 // rows}, num_warps, num_stages=3)
+        for rows, columns, num_warps in (first, (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 256, 8))
+    ]
+    return _fitting(found, lambda tiles: (tiles["BM"] + tiles["BN"]) * step * element_size)
 
 
 def select(length: int) -> Config:

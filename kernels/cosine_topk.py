@@ -14,13 +14,16 @@ pieces, with the bars that it taught; a list that ends short of k was guessed wr
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import bars as guessing
-from . import config
+from . import config, tuning
 from .panels import PINNED_BYTES, Panel, Panels, Progress
 from .tiles import dot, sortable, unsortable
 
@@ -30,6 +33,7 @@ LAST_ID = tl.constexpr(2**32 - 1)
 FILL = 0.7  # of the room that is left: what a round is planned to take
 LONGEST = 4096  # of the lists that the kernel selects from; longer ones are for torch
 AT_ONCE = 2**25  # entries that torch selects from
+TRIAL = 2.0**40  # operations of the search by which tiles are compared
 AGAIN = 4096  # rows whose bars were guessed wrong, to be searched for at a time
 
 
@@ -324,8 +328,12 @@ class Walk:
         blocks = triton.cdiv(columns, self.tiles["BN"])
         return triton.cdiv(rows, self.tiles["BM"]) * (blocks // 2 + 1 if is_same else blocks)
 
-    def rounds(self, rows: Panel, columns: Panel, row_lists: Lists, column_lists: Lists | None) -> None:
-        """Offer every pair of a row and a column to the row's list and, where there are such, to the column's."""
+    def rounds(self, rows: Panel, columns: Panel, row_lists: Lists, column_lists: Lists | None) -> Any:
+        """Offer every pair of a row and a column to the row's list and, where there are such, to the column's.
+
+        Returns:
+            The compiled kernel.
+        """
         count, width, dim = len(rows.rows), len(columns.rows), rows.rows.shape[1]
         is_same = column_lists is row_lists
         lists = [row_lists] if is_same or column_lists is None else [row_lists, column_lists]
@@ -343,7 +351,7 @@ class Walk:
             steps = min(max(planned, certain), last - step)
             settled = [each.counts.clone() for each in lists]
             other = row_lists if column_lists is None else column_lists
-            _append_kernel[(tiles_m * steps,)](
+            kernel = _append_kernel[(tiles_m * steps,)](
                 rows.rows, columns.rows, rows.rnorm, columns.rnorm,
                 row_lists.entries, row_lists.counts, row_lists.bars, other.entries, other.counts, other.bars,
                 count, width, dim, self.room, rows.first, columns.first, step, steps, int(is_same),
@@ -367,6 +375,7 @@ class Walk:
                     each.cut(self.k)
                 rate, most = min(rate, 1.3 * self.k / step), self.k
             planned = int(FILL * (self.room - most) / rate)
+        return kernel
 
     def _tell(self, tiles: int) -> None:
         self.done += tiles
@@ -442,19 +451,61 @@ def _search(
     progress: Progress | None,
 ) -> None:
     """Fill `best [P, k]` with the entries above `bars [P]`, as far as there are k; both are changed."""
-    table = queries if keys is None else keys
-    (num_keys, dim), device = table.shape, best.device
-    tiling = config.cosine_topk(dim, dtype.itemsize)
-    block = tiling.tiles["BN"]
-    room = max(k, min(num_keys, max(int(1.3 * guessing.candidates(num_keys, dim, k)), k + 4 * block)))
-    is_moved = table.device != device or table.dtype != dtype
-    size = _panel_size(len(queries), dim, block, room, workspace_bytes, table if is_moved else None, device, dtype)
+    table, device = queries if keys is None else keys, best.device
+    tiling = _tiling(queries, keys, k, bars, workspace_bytes, dtype)
+    room, size = _rooms(queries, table, k, tiling.tiles["BN"], workspace_bytes, device, dtype)
     panels = Panels(queries, size, device, dtype)
     walk = Walk(k, room, tiling, best, bars, progress)
     if keys is None:
         walk.within(panels)
     else:
-        walk.among(panels, Panels(keys, size if is_moved else num_keys, device, dtype))
+        is_moved = keys.device != device or keys.dtype != dtype
+        walk.among(panels, Panels(keys, size if is_moved else len(keys), device, dtype))
+
+
+def _tiling(
+    queries: Tensor, keys: Tensor | None, k: int, bars: Tensor, workspace_bytes: int | None, dtype: torch.dtype
+) -> config.Config:
+    """The tiles of a search; where they are compared, by a part of it: some queries among as many keys."""
+    table, device = queries if keys is None else keys, bars.device
+    dim = table.shape[1]
+    shape = 1 << (max(dim, 1).bit_length() - 1), dtype.itemsize
+    widest = max(each.tiles["BN"] for each in config.cosine_topk(*shape))
+
+    @cache
+    def part() -> tuple[Panel, Panel, Lists]:
+        room, size = _rooms(queries, table, k, widest, workspace_bytes, device, dtype)
+        count = min(size, len(queries), len(table), int((TRIAL / dim) ** 0.5))
+        rows, columns = (next(iter(Panels(each, count, device, dtype).walk([0]))) for each in (queries, table))
+        return rows, rows if keys is None else columns, Lists(count, room, device)
+
+    def run(tiling: config.Config) -> Any:
+        rows, columns, lists = part()
+        lists.counts.zero_()
+        lists.longest = 0
+        lists.bars.copy_(bars[: len(lists.bars)])
+        walk = Walk(k, lists.entries.shape[1], tiling, lists.entries[:, :k], lists.bars, None)
+        return walk.rounds(rows, columns, lists, lists if keys is None else None)
+
+    variant = f"{config.precision()} {'within' if keys is None else 'among'}"
+    operations = float(len(queries)) * len(table) * dim * (1 if keys is None else 2)
+    return tuning.choose(config.cosine_topk, shape, variant, operations, run)
+
+
+def _rooms(
+    queries: Tensor,
+    table: Tensor,
+    k: int,
+    block: int,
+    workspace_bytes: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[int, int]:
+    """Room in a list, and rows of a panel."""
+    num_keys, dim = table.shape
+    room = max(k, min(num_keys, max(int(1.3 * guessing.candidates(num_keys, dim, k)), k + 4 * block)))
+    moved = table if table.device != device or table.dtype != dtype else None
+    return room, _panel_size(len(queries), dim, block, room, workspace_bytes, moved, device, dtype)
 
 
 def _panel_size(

@@ -8,12 +8,15 @@ stays on a gallery map and streams the probes that met it. No atomics; the order
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config
+from . import config, tuning
 from .edges import Edges
 from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, squares, unsortable
 
@@ -283,17 +286,23 @@ def _launch_forward(
 ) -> None:  # fmt: skip
     probes, locations, channels = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
-    tiles, num_warps, num_stages = config.correlation_forward(
-        locations, channels, probe.element_size(), gallery.element_size()
-    )
     share = config.neighbors_per_program(probes, neighbors)
-    _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
-        probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, weight, sums,
-        probes, neighbors, share, locations, channels, *gallery.stride(),
-        HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=rnorm.numel() > 0, SUM=sums is not None,
-        SPLIT=locations > tiles["BS"], **config.operands(probe.dtype, gallery.dtype), **tiles,
-        num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    operands = config.operands(probe.dtype, gallery.dtype)
+
+    def launch(tiling: config.Config) -> Any:
+        tiles, num_warps, num_stages = tiling
+        return _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
+            probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, weight, sums,
+            probes, neighbors, share, locations, channels, *gallery.stride(),
+            HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=rnorm.numel() > 0,
+            SUM=sums is not None, SPLIT=locations > tiles["BS"], **operands, **tiles,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+    shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())
+    variant = f"{operands['PRECISION']}{' sums' if sums is not None else ''}{'' if index is None else ' of some'}"
+    operations = 2.0 * probes * neighbors * locations**2 * channels
+    launch(tuning.choose(config.correlation_forward, shape, variant, operations, launch))
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -371,16 +380,19 @@ def probe_gradient(
     out = torch.empty_like(probe)
     if out.numel() == 0 or grad.numel() == 0:
         return out.zero_()
-    tiles, num_warps, num_stages = config.correlation_backward(
-        locations, channels, max(probe.element_size(), gallery.element_size())
-    )
-    grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
-    _probe_gradient_kernel[grid](
-        grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, gradient_scale(grad), out,
-        grad.shape[1], locations, channels, *gallery.stride(),
-        HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0,
-        **config.operands(probe.dtype, gallery.dtype), **tiles, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    scale, operands = gradient_scale(grad), config.operands(probe.dtype, gallery.dtype)
+
+    def launch(tiling: config.Config) -> Any:
+        tiles, num_warps, num_stages = tiling
+        grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
+        return _probe_gradient_kernel[grid](
+            grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, scale, out,
+            grad.shape[1], locations, channels, *gallery.stride(),
+            HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, **operands, **tiles,
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+    launch(_backward_tiling("probe", probe, gallery, grad, launch))
     return out
 
 
@@ -482,17 +494,30 @@ def gallery_gradient(
     if out.numel() == 0 or grad.numel() == 0 or slots == 0:
         return out
     classes, offsets, pairs = edges[:3] if edges is not None else (None, None, None)
-    tiles, num_warps, num_stages = config.correlation_backward(
-        locations, channels, max(probe.element_size(), gallery.element_size())
-    )
-    grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
-    _gallery_gradient_kernel[grid](
-        grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, gradient_scale(grad), out,
-        probes, grad.shape[1], locations, channels, *gallery.stride(),
-        HAS_INDEX=edges is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
-        PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
-    )  # fmt: skip
+    scale = gradient_scale(grad)
+
+    def launch(tiling: config.Config) -> Any:
+        tiles, num_warps, num_stages = tiling
+        grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
+        return _gallery_gradient_kernel[grid](
+            grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, scale, out,
+            probes, grad.shape[1], locations, channels, *gallery.stride(),
+            HAS_INDEX=edges is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
+            PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+    launch(_backward_tiling("gallery", probe, gallery, grad, launch))
     return out
+
+
+def _backward_tiling(
+    side: str, probe: Tensor, gallery: Tensor, grad: Tensor, launch: Callable[[config.Config], Any]
+) -> config.Config:
+    probes, locations, channels = probe.shape
+    shape = config.shape_class(locations, channels, max(probe.element_size(), gallery.element_size()))
+    variant = f"{side} {config.operands(probe.dtype, gallery.dtype)['PRECISION']}"
+    operations = 2.0 * probes * grad.shape[1] * locations**2 * channels
+    return tuning.choose(config.correlation_backward, shape, variant, operations, launch)
 
 
 def gradient_scale(grad: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_topk, "WIDTH", 64)
     monkeypatch.setattr(cpu_topk, "CUT", 7)
     tiles = {"BM": 32, "BN": 64, "BD": 16, "GROUP": 3}
-    monkeypatch.setattr(config, "cosine_topk", lambda dim, element_size: config.Config(tiles, 4, 2))
+    monkeypatch.setattr(config, "cosine_topk", lambda dim, element_size: [config.Config(tiles, 4, 2)])
 
 
 def graph(embeddings: Tensor, k: int, **options: object) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,315 @@
+"""The table of configurations, the choice among them, in the process and on disk, and the warm-up that makes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tolerances import assert_gradients, assert_values
+
+from qaconv_triton import functional, reference, warmup
+from qaconv_triton.kernels import config
+
+pytest.importorskip("triton")
+from triton.runtime.errors import OutOfResources
+
+from qaconv_triton.kernels import tuning
+from qaconv_triton.kernels.config import Config
+
+ARCHITECTURES = (80, 86, 89, 90, 100, config.AMD)
+CONFIGS = [Config({"BC": 2**power}, num_warps=4, num_stages=3) for power in range(4)]
+SHAPES = {
+    config.correlation_forward: [(locations, 512, *sizes) for locations in (49, 192) for sizes in ((2, 2), (4, 4))],
+    config.correlation_backward: [(locations, 512, size) for locations in (49, 192) for size in (2, 4)],
+    config.cosine_topk: [(dim, size) for dim in (512, 25_088) for size in (2, 4)],
+}
+
+
+def table(locations: int) -> list[Config]:
+    return CONFIGS
+
+
+class Launches:
+    """Stands in for a kernel's launch: notes what it is launched with, and spills or finds no room as told."""
+
+    def __init__(self, spills: dict[int, int] | None = None, too_large: tuple[int, ...] = ()) -> None:
+        self.calls: list[int] = []
+        self.spills, self.too_large = spills or {}, too_large
+
+    def __call__(self, chosen: Config) -> SimpleNamespace:
+        number = CONFIGS.index(chosen)
+        self.calls.append(number)
+        if number in self.too_large:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return SimpleNamespace(n_spills=self.spills.get(number, 0))
+
+
+def choose(launches: Launches, operations: float = 1e15, variant: str = "tf32") -> int:
+    return CONFIGS.index(tuning.choose(table, (49,), variant, operations, launches))
+
+
+@pytest.fixture
+def tunable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tuning switched on, with nothing chosen yet and a cache of its own; a configuration takes its BC in time."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setenv(tuning.TUNE_VARIABLE, "1")
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: 10.0 - run.args[0].tiles["BC"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_table_has_several_different_configurations_that_fit(
+    architecture: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "generation", lambda: architecture)
+    for row, shapes in SHAPES.items():
+        for shape in shapes:
+            found = row(*shape)
+            assert len(found) >= 2, (row, shape)
+            assert all(each not in found[:number] for number, each in enumerate(found))
+            for tiles, num_warps, num_stages in found:
+                assert all(size & (size - 1) == 0 for size in tiles.values())
+                assert num_warps in (2, 4, 8)
+                assert num_stages in (2, 3)
+
+
+def test_a_shape_class_holds_models_not_batches() -> None:
+    assert config.shape_class(49, 512, 2, 4) == config.shape_class(64, 512, 2, 4) == (64, 512, 2, 4)
+    for architecture_row in (config.correlation_forward, config.correlation_backward):
+        for shape in SHAPES[architecture_row]:
+            assert architecture_row(*config.shape_class(*shape)) == architecture_row(*shape)
+
+
+def test_the_fastest_is_chosen_once(tunable: Path) -> None:
+    launches = Launches()
+    assert choose(launches) == 3
+    assert launches.calls == [0, 1, 2, 3]  # the contest's clock is made up here
+    assert choose(launches) == 3
+    assert len(launches.calls) == 4
+    assert choose(launches, variant="tf32x3") == 3  # another kernel
+    assert len(launches.calls) == 8
+
+
+def test_small_launches_take_what_is_shipped(tunable: Path) -> None:
+    launches = Launches()
+    assert choose(launches, operations=tuning.WORTH / 2) == 0
+    assert launches.calls == []
+    assert list(tunable.iterdir()) == []
+
+
+@pytest.mark.parametrize("why", ["pinned", "deterministic"])
+def test_the_shipped_configuration_can_be_had_always(why: str, tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches()
+    assert choose(launches) == 3
+    if why == "pinned":
+        monkeypatch.setenv(tuning.TUNE_VARIABLE, "0")
+    else:
+        torch.use_deterministic_algorithms(True)
+    assert choose(launches) == 0
+
+
+def test_a_wrong_setting_is_named(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.TUNE_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="QACONV_TRITON_TUNE: expected '0' or '1', got 'yes'"):
+        choose(Launches())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tuning is on by default")
+def test_the_interpreter_tunes_only_when_told(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuning.TUNE_VARIABLE)
+    assert not tuning.is_on()
+
+
+def test_what_spills_or_finds_no_room_takes_no_part(tunable: Path) -> None:
+    assert tuning.contest(CONFIGS, Launches({3: 64})) == {0: 9.0, 1: 8.0, 2: 6.0}
+    assert tuning.contest(CONFIGS, Launches({2: 8}, too_large=(3,))) == {0: 9.0, 1: 8.0}
+    every = dict.fromkeys(range(4), 8)
+    assert set(tuning.contest(CONFIGS, Launches(every))) == {0, 1, 2, 3}  # all spill: the clock decides
+    with pytest.raises(OutOfResources):
+        tuning.contest(CONFIGS, Launches(too_large=(0, 1, 2, 3)))
+
+
+def test_without_memory_to_tune_the_shipped_one_runs(
+    tunable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(run: Callable[[], object]) -> float:
+        raise torch.OutOfMemoryError("256 MB")
+
+    monkeypatch.setattr(tuning, "_milliseconds", full)
+    assert choose(Launches()) == 0
+    assert "no memory to tune table" in caplog.text
+    assert list(tunable.iterdir()) == []
+
+
+def test_choices_outlive_the_process(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    kept = json.loads(path.read_text())
+    assert kept["best"] == 3
+    assert kept["milliseconds"] == {"0": 9.0, "1": 8.0, "2": 6.0, "3": 2.0}
+    monkeypatch.setattr(tuning, "chosen", {})
+    launches = Launches()
+    assert choose(launches) == 3
+    assert launches.calls == []
+    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "_device_name", lambda: "another GPU")
+    assert choose(launches) == 3
+    assert launches.calls == [0, 1, 2, 3]
+    assert len(list(tunable.iterdir())) == 2
+
+
+def test_the_first_of_several_processes_decides(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    content = json.loads(path.read_text())
+    path.unlink()
+    monkeypatch.setattr(tuning, "chosen", {})
+
+    def meanwhile(run: Callable[[], object]) -> float:
+        path.write_text(json.dumps(content | {"best": 1}))
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", meanwhile)
+    assert choose(Launches()) == 1
+    assert json.loads(path.read_text())["best"] == 1
+    assert list(tunable.iterdir()) == [path]  # nothing half-written is left
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": 9}', '{"best": "x"}', "\x00"])
+def test_a_spoilt_file_is_told_and_replaced(content: str, tunable: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    whole = path.read_text()
+    path.write_text(content)
+    tuning.chosen.clear()
+    with caplog.at_level(logging.WARNING):
+        assert choose(Launches()) == 3
+    assert str(path) in caplog.text
+    assert path.read_text() == whole
+
+
+def test_a_directory_that_cannot_be_written_is_told(
+    tunable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tunable / "file"
+    blocked.touch()
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(blocked))
+    launches = Launches()
+    assert choose(launches) == choose(launches) == 3
+    assert len(launches.calls) == 4
+    assert "for this process only" in caplog.text
+
+
+def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuning.CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert tuning.cache_directory() == Path("/somewhere/qaconv_triton")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tuning.cache_directory() == Path.home() / ".cache/qaconv_triton"
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, "/elsewhere")
+    assert tuning.cache_directory() == Path("/elsewhere")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tuned_matching_is_right(
+    indexed: bool, tunable: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every configuration runs on the real buffers, one after the other: what is left in them is right."""
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    monkeypatch.setattr(tuning, "WORTH", 0.0)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: float(run() is None) - run.args[0].num_warps)
+    size = (5, 4)
+    probe, gallery = (torch.randn(count, 40, *size, device=device, requires_grad=True) for count in (2, 4))
+    index = torch.tensor([[0, 2], [3, 2]], device=device) if indexed else None
+    pooled = functional.max_correlation(probe, gallery, index)
+    wide = [maps.detach().double().requires_grad_() for maps in (probe, gallery)]
+    true = reference.max_correlation(*(reference.normalize(reference.locations(maps)) for maps in wide), index)
+    assert_values(pooled, true, torch.float32)
+    upstream = torch.randn_like(pooled)
+    found = torch.autograd.grad(pooled, (probe, gallery), upstream)
+    for got, expected in zip(found, torch.autograd.grad(true, wide, upstream.double()), strict=True):
+        assert_gradients(got, expected, torch.float32)
+    assert {name for name, *_ in tuning.chosen} == {"correlation_forward", "correlation_backward"}
+    assert len(tuning.chosen) == 3  # one for each gradient
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_tuned_search_is_right(
+    same: bool, tunable: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    embeddings, keys = torch.randn(2, 300, 24, device=device)
+    keys = keys if not same else embeddings
+
+    def search() -> tuple[torch.Tensor, torch.Tensor]:
+        if same:
+            indices = functional.class_neighbors(embeddings, 7)
+            return indices, indices
+        return functional.topk_cosine(embeddings, keys, 7)
+
+    monkeypatch.setenv(tuning.TUNE_VARIABLE, "0")
+    shipped = search()
+    monkeypatch.setenv(tuning.TUNE_VARIABLE, "1")
+    monkeypatch.setattr(tuning, "WORTH", 0.0)
+    tried = []
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: (run(), tried.append(run.args[0]), -float(len(tried)))[-1])
+    tuned = search()
+    assert len(tried) >= 3
+    variants = {variant.split()[-1] for _, _, variant in tuning.chosen}
+    assert variants == ({"within", "among"} if same else {"among"})  # a graph's first bars come from a sample
+    for left, right in zip(shipped, tuned, strict=True):
+        assert torch.equal(left, right) if left.dtype == torch.int64 else torch.allclose(left, right, atol=1e-6)
+
+
+MODEL = ["--channels", "16", "--height", "3", "--width", "2", "--num-classes", "20", "--k-nearest", "5"]
+
+
+def run_warmup(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qaconv_triton.warmup", *MODEL, "--batch-size", "4", *options]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("QACONV_", "TRITON_INTERPRET"))}
+    return subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=False)
+
+
+def test_the_warm_up_runs_everything_and_reports(tmp_path: Path) -> None:
+    interpreted = {"TRITON_INTERPRET": "1", "QACONV_TRITON_BACKEND": "triton", "QACONV_TRITON_CACHE_DIR": str(tmp_path)}
+    run = run_warmup("--device", "cpu", "--dtype", "bfloat16", QACONV_TRITON_TUNE="1", **interpreted)
+    assert run.returncode == 0, run.stderr
+    for name in ("class graph", "class path", "all pairs", "matching", "matching of pairs"):
+        assert f"{name}" in run.stdout
+    assert f"Choices are kept in {tmp_path}." in run.stdout
+    assert "5/5" in run.stderr  # the progress bar
+    pinned = run_warmup("--device", "cpu", "--dtype", "float32", QACONV_TRITON_TUNE="0", **interpreted)
+    assert pinned.returncode == 0, pinned.stderr
+    assert "QACONV_TRITON_TUNE=0, kernels run as shipped" in pinned.stdout
+
+
+def test_the_warm_up_has_nothing_to_do_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    warmup.main([*MODEL, "--device", "cpu"])
+    assert "nothing to compile or tune" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--k-nearest", "20", "k_nearest must be between 1 and 19"),
+        ("--height", "0", "height must be at least 1"),
+        ("--channels", "-3", "num_features must be at least 1"),
+        ("--batch-size", "0", "--batch-size must be positive, got 0"),
+    ],
+)
+def test_the_warm_up_refuses_what_is_no_model(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        warmup.main([*MODEL, option, value])
+    assert said in capsys.readouterr().err
