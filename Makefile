@@ -1,4 +1,4 @@
-# Each target works in a fresh clone: it creates .venv, installs the pinned versions, then does its job.
+# Each target but gpu-check works in a fresh clone: it creates .venv, installs the pinned versions, then does its job.
 # A second call reuses .venv; a change of pyproject.toml or constraints.txt installs again.
 
 PYTHON   ?= python3
@@ -13,15 +13,16 @@ INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format gpu-check clean
 
 help: ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
+	@echo "                or for the check (make gpu-check ARGS='--minutes 30'; --dry-run works without a GPU)"
 	@echo "WORKERS=2       test processes, THREADS=1 threads in each"
 	@echo "PIP_ARGS='...'  options for pip instead of --quiet: an --index-url, or nothing to watch the installation"
-	@echo "PYTHON=python3  the interpreter that creates .venv"
+	@echo "PYTHON=python3  the interpreter that creates .venv; gpu-check runs in its environment"
 
 demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with graph sampling
 	$(BIN)/python examples/glyphs.py $(ARGS)
@@ -37,6 +38,11 @@ lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 format: $(VENV)/dev.stamp ## let ruff fix and format the sources
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# in an environment that has a torch for the GPU, with nothing to download
+gpu-check: ## test and measure on this machine's GPU, offline, in ten minutes; results in bench/results
+	@$(PYTHON) -c 'import qaconv_triton' 2>/dev/null || $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(PYTHON) -m bench gpu-check $(ARGS)
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

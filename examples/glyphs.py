@@ -15,6 +15,8 @@ in a training script of your own.
 from __future__ import annotations
 
 import argparse
+import csv
+import math
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -166,20 +168,23 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
     sampler = GraphSampler(labels, classes_of_batches, BATCH_CLASSES * INSTANCES, INSTANCES, seed=seed)
     epochs = options.epochs * (POOLED_EPOCHS if method == "pooled" else 1)
     batches = max(1, num_classes // BATCH_CLASSES)  # each class comes about once; the sampler would go on
+    steps = min(epochs * batches, options.steps or epochs * batches)
+    epochs = math.ceil(steps / batches)
     parameters = [*backbone.parameters(), *matcher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * batches)
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     losses, accuracies = [], []
     started = time.perf_counter()
-    with tqdm(total=epochs * batches, desc=f"seed {seed}, {METHODS[method]:36}", unit="batch") as progress:
+    with tqdm(total=steps, desc=f"seed {seed}, {METHODS[method]:36}", unit="batch") as progress:
         for epoch in range(epochs):
             if epoch == 1:
                 start_classes_at_means(matcher, backbone, images, labels)
             if isinstance(matcher, QAConv):
                 matcher.on_epoch_start()  # the classes have moved: the class graph is computed anew
-            for batch in islice(sampler, batches):
+            for batch in islice(sampler, min(batches, steps - len(losses))):
                 rows = torch.tensor(batch, device=device)
-                _, _, loss, accuracy, _ = loss_function(backbone(images[rows]), labels[rows])
+                with precision(options):
+                    _, _, loss, accuracy, _ = loss_function(backbone(images[rows]), labels[rows])
                 optimizer.zero_grad()
                 loss.mean().backward()
                 optimizer.step()
@@ -189,6 +194,11 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
                 progress.set_postfix(loss=f"{losses[-1]:.2f}", accuracy=f"{accuracies[-1]:.2f}", refresh=False)
                 progress.update()
     return Trained(backbone.eval(), matcher.eval(), losses, accuracies, time.perf_counter() - started)
+
+
+def precision(options: argparse.Namespace) -> torch.autocast:
+    """Convolutions and matching in bfloat16 where the options say so; their weights and the losses stay in fp32."""
+    return torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=options.bf16)
 
 
 @torch.no_grad()
@@ -255,6 +265,16 @@ def make_table(results: dict[str, list[list[float]]], seconds: dict[str, float],
     return "\n".join(lines) + f"\n\n{note}\n"
 
 
+def save_losses(path: Path, curves: list[tuple[str, int, list[float], list[float]]]) -> None:
+    """Loss and accuracy of every batch of every training, a row each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "seed", "batch", "loss", "accuracy"])
+        for method, seed, losses, accuracies in curves:
+            for batch, values in enumerate(zip(losses, accuracies, strict=True)):
+                writer.writerow([method, seed, batch, *values])
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train QAConv with graph sampling on pictures of characters.",
@@ -263,15 +283,17 @@ def parse_options() -> argparse.Namespace:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=default_device, help="where to train")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of QAConv; a class comes about once in each")
+    parser.add_argument("--steps", type=int, help="stop each training after so many batches, if its epochs have more")
+    parser.add_argument("--bf16", action="store_true", help="convolutions and matching in bfloat16, by autocast")
     parser.add_argument("--k-nearest", type=int, default=20, help="neighbours that a class is compared with")
     parser.add_argument("--classes", type=int, default=1250, help="characters: 4/5 for training, 1/5 for the test")
     parser.add_argument("--seed", type=int, default=1, help="the first seed: of classes, weights and batches")
     parser.add_argument("--seeds", type=int, default=2, help="how many seeds to take the mean of")
-    parser.add_argument("--output", type=Path, default="out/glyphs", help="folder for the pictures and the table")
+    parser.add_argument("--output", type=Path, default="out/glyphs", help="folder for pictures, table and losses")
     options = parser.parse_args()
     training = round(TRAIN_SHARE * options.classes)
-    if min(options.epochs, options.seeds, options.k_nearest) < 1:
-        parser.error("--epochs, --seeds and --k-nearest must be at least 1")
+    if min(options.epochs, options.seeds, options.k_nearest, 1 if options.steps is None else options.steps) < 1:
+        parser.error("--epochs, --steps, --seeds and --k-nearest must be at least 1")
     if training <= max(options.k_nearest, BATCH_CLASSES):
         parser.error(
             f"--classes {options.classes} leaves {training} for training; it takes more than "
@@ -289,12 +311,15 @@ def main() -> None:
     options.classes = min(options.classes, len(glyphs))
     results: dict[str, list[list[float]]] = {}
     seconds: dict[str, float] = {}
+    curves: list[tuple[str, int, list[float], list[float]]] = []
     for seed in range(options.seed, options.seed + options.seeds):
         seen, unseen = split(glyphs, options.classes, seed)
         test = make_test_set(unseen, seen, seed, options.device)
         runs = {method: train(method, seen, seed, options) for method in METHODS}
         for method, trained in runs.items():
-            blind, sighted = evaluate(trained, test)
+            with precision(options):
+                blind, sighted = evaluate(trained, test)
+            curves.append((method, seed, trained.losses, trained.accuracies))
             results.setdefault(METHODS[method], []).append(blind)
             seconds[METHODS[method]] = seconds.get(METHODS[method], 0.0) + trained.seconds / options.seeds
             if method == "graph":
@@ -309,8 +334,9 @@ def main() -> None:
                 test.occluded,
                 test.visibility,
             )
-            curves = {METHODS[method]: (run.losses, run.accuracies) for method, run in runs.items()}
-            draw_training(options.output / "training.png", curves)
+            drawn = {METHODS[method]: (run.losses, run.accuracies) for method, run in runs.items()}
+            draw_training(options.output / "training.png", drawn)
+    save_losses(options.output / "losses.csv", curves)
     note = (
         f"{len(test.queries)} unseen characters as queries in DejaVu Sans, {len(test.gallery)} pictures of them in "
         f"DejaVu Sans Mono and Serif as the gallery; trained on {len(seen)} other characters."
