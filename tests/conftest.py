@@ -1,6 +1,7 @@
 """What every test stands on: kernels that run without a GPU too, poisoned memory, fixed seeds.
 
-Tests run on CUDA where there is one, with compiled kernels, else on the CPU, with interpreted ones.
+Tests run on CUDA where there is one, with compiled kernels, else on the CPU, with interpreted ones. With `--benchmark`
+the perf checks run instead, by pytest-benchmark, and without what would slow them.
 """
 
 from __future__ import annotations
@@ -28,16 +29,67 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, kernels {kernels}, device {name}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("performance")
+    group.addoption("--benchmark", action="store_true", help="Run the perf checks, and nothing else.")
+    group.addoption(
+        "--perf-gate", action="store_true", help="Fail where a ratio to a baseline is below the committed one."
+    )
+    group.addoption("--perf-gate-save", action="store_true", help="Write the ratios just measured to be committed.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark"):
+        if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+            raise pytest.UsageError("--benchmark: times of processes beside each other mean nothing, leave -n out")
+        return
+    for option in ("--perf-gate", "--perf-gate-save"):
+        if config.getoption(option):
+            raise pytest.UsageError(f"{option} is about the perf checks: pytest --benchmark {option}")
+    os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see what is shipped
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--benchmark"):
+        others = [item for item in items if not item.get_closest_marker("benchmark")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("benchmark")]
+        return
+    for item in items:
+        if item.get_closest_marker("benchmark"):
+            item.add_marker(pytest.mark.skip(reason="a perf check: pytest --benchmark"))
+        elif item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    found = [bench.extra_info for bench in session.benchmarks if "ratio" in bench.extra_info] if session else []
+    if not config.getoption("--benchmark") or not found:
+        return
+    from bench import checks
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    floors = checks.floors(device)
+    terminalreporter.section("times as fast as the baseline")
+    for info in found:
+        floor = f"{floors[info['check']]:.2f}" if info["check"] in floors else "none"
+        peak = "" if info["peak_bytes"] is None else f", {info['peak_bytes'] / 1e6:.1f} MB"
+        terminalreporter.write_line(
+            f"{info['check']}: {info['ratio']:.2f} x {info['baseline']} (committed: {floor})"
+            f"{peak}, {info['tflops']:.3g} of {info['matmul_tflops']:.3g} TFLOP/s"
+        )
+    if config.getoption("--perf-gate-save"):
+        checks.save_floors(found, device)
+        terminalreporter.write_line(f"saved in {checks.FLOORS}")
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fill what `torch.empty` and its like return with NaN and the largest integers: what is not written shows."""
+    if request.node.get_closest_marker("benchmark"):  # filling takes time
+        yield
+        return
     filled = torch.utils.deterministic.fill_uninitialized_memory
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -1,0 +1,26 @@
+"""The perf checks of bench/checks.py: `pytest --benchmark` runs them, and them alone; without it they are skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import checks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.name, marks=pytest.mark.benchmark(group=check.group, timer=checks.clock))
+        for check in checks.checks(DEVICE)
+    ],
+)
+def test_performance(check: checks.Check, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    checks.run(check, benchmark, DEVICE)
+    if benchmark.extra_info and request.config.getoption("--perf-gate"):
+        wrong = checks.verdict(benchmark.extra_info, DEVICE)
+        assert not wrong, wrong
