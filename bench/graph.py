@@ -3,7 +3,8 @@
     python -m bench graph --cases 4096x25088x32
 
 Useful work is every unordered pair of classes once, N (N - 1) D multiplications and additions, for every provider:
-one that multiplies both halves of the similarity does twice that, and is credited with once.
+one that multiplies both halves of the similarity does twice that, and is credited with once. Useful bytes are the table
+read once, and similarities and ids written once.
 """
 
 from __future__ import annotations
@@ -51,21 +52,26 @@ class Case(NamedTuple):
         return f"{self.classes}x{self.dim}x{self.k}"
 
 
+SWEPT = (OURS, "faiss flat", "blocked mm + topk")  # at sizes that are there for their course, not for themselves
 TINY = Case(600, 64, 9, repeats=3)
 CPU_CASES = (
     Case(4096, 25088, 32),
     Case(8000, 4096, 128),
     Case(20000, 512, 256),
     Case(60000, 512, 64, repeats=3, only=(OURS, "faiss flat")),
+    *(Case(classes, 512, 64, repeats=3, only=SWEPT) for classes in (2500, 5000, 10000, 20000, 40000)),
+    *(Case(10000, 512, k, repeats=3, only=SWEPT) for k in (16, 256)),  # 64 is above
 )
 CUDA_SIZES = ((10572, 25088, 256), (85742, 25088, 256), (85742, 512, 256), (20000, 512, 256))
+CUDA_SWEEP = ((10572, 512, 256), (42871, 512, 256))  # in bf16, with the last two sizes
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The cases of a device: on CUDA each size in bf16 and fp32."""
+    """The cases of a device: on CUDA each size in bf16 and fp32, those between them in bf16."""
     if device.type != "cuda":
         return list(CPU_CASES)
-    return [Case(*size, dtype=dtype) for size in CUDA_SIZES for dtype in (torch.bfloat16, torch.float32)]
+    both = [Case(*size, dtype=dtype) for size in CUDA_SIZES for dtype in (torch.bfloat16, torch.float32)]
+    return both + [Case(*size, dtype=torch.bfloat16, repeats=3) for size in CUDA_SWEEP]
 
 
 def table(case: Case, device: torch.device) -> Tensor:
@@ -367,6 +373,12 @@ def _named(name: str, known: list[Case]) -> list[Case]:
     return [case for case in known if case.name == name] or [Case(sizes[0], sizes[1], sizes[2])]
 
 
+def useful_bytes(case: Case) -> float:
+    """The table read once, and similarities, in fp32 at least, and ids written once."""
+    width = case.dtype.itemsize
+    return float(case.classes) * (case.dim * width + case.k * (max(width, 4) + 8))
+
+
 def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[Row]:
     values = table(case, device)
     return measure.rows(
@@ -378,5 +390,6 @@ def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[Ro
         repeats=arguments.repeats or case.repeats,
         device=device,
         flops=float(case.classes) * (case.classes - 1) * case.dim,
+        moved=useful_bytes(case),
         memory=arguments.memory,
     )

@@ -31,7 +31,8 @@ BLOCK = 2**25  # correlations at a time in fp64
 class Case(NamedTuple):
     """A size to measure; `only` names the providers where not all are of interest, unless the command line names some.
 
-    Sizes are batch, classes, neighbours, C, H, W and samples per class on the class path; P, G, C, H, W for all pairs.
+    Those that are `slow` take part in fewer rounds. Sizes are batch, classes, neighbours, C, H, W and samples per class
+    on the class path; P, G, C, H, W for all pairs.
     """
 
     sizes: tuple[int, ...]
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     repeats: int = 5
     only: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -42,6 +42,7 @@ from .table import Row
 
 OURS = "qaconv_triton"
 MATCH = ("match",)
+SLOW_ROUNDS = 2
 PER_LABEL, VECTORISED, PUBLISHED, TUNED = (
     f"eager, {how}" for how in ("per label", "vectorised", "as published", "tuned")
 )
@@ -50,11 +51,14 @@ TINY = {
     "classes": [Case((6, 40, 5, 16, 3, 2, 2), repeats=2, only=(OURS, PER_LABEL, VECTORISED, SPARSE, EVERY))],
     "pairs": [Case((5, 7, 16, 3, 2), (*TRAINING, *MATCH), repeats=2, only=(OURS, PUBLISHED, TUNED))],
 }
+SWEPT = partial(Case, parts=("step",), repeats=3, only=(OURS, PER_LABEL, VECTORISED), slow=(PER_LABEL,))
 CPU_CASES = {
     "classes": [
         Case((64, 10000, 256, 512, 7, 7, 4)),
         Case((64, 1000, 128, 512, 7, 7, 1)),
         Case((64, 10000, 256, 512, 7, 7, 4), dtype=torch.bfloat16, repeats=3, only=(OURS, PER_LABEL, VECTORISED)),
+        *(SWEPT((64, classes, 64, 512, 7, 7, 4)) for classes in (1000, 2000, 4000, 8000)),
+        *(SWEPT((64, 2000, k, 512, 7, 7, 4)) for k in (16, 32, 128, 256)),  # 64 is above
     ],
     "pairs": [
         Case((64, 64, 512, 7, 7)),
@@ -64,7 +68,11 @@ CPU_CASES = {
 }
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 CUDA_CASES = {
-    "classes": [Case((256, 10572, 256, 512, 7, 7, each), dtype=dtype) for each in (4, 1) for dtype in CUDA_DTYPES],
+    "classes": [
+        *(Case((256, 10572, 256, 512, 7, 7, each), dtype=dtype) for each in (4, 1) for dtype in CUDA_DTYPES),
+        *(SWEPT((256, classes, 256, 512, 7, 7, 4), dtype=torch.bfloat16) for classes in (2500, 5000, 21144)),
+        *(SWEPT((256, 10572, k, 512, 7, 7, 4), dtype=torch.bfloat16) for k in (32, 64, 128)),
+    ],
     "pairs": [
         *(Case((256, 256, 512, 7, 7), dtype=dtype) for dtype in CUDA_DTYPES),
         Case((256, 2048, 512, 24, 8), MATCH, torch.bfloat16),
@@ -193,7 +201,7 @@ def providers(
             checked,
             note,
             peak=None if part == "backward" else peak,
-            rounds=method.rounds,
+            rounds=SLOW_ROUNDS if name in case.slow else method.rounds,
             flops=flops,
             moved=moved,
         )
@@ -268,10 +276,10 @@ def _chosen(arguments: Namespace, device: torch.device) -> list[Case]:
     found = known[arguments.op]
     if arguments.cases:
         found = [case for name in arguments.cases for case in _named(arguments.op, name, found)]
-    if arguments.parts and arguments.cases and arguments.op == "pairs":
-        found = [case._replace(parts=tuple(arguments.parts)) for case in found]
-    elif arguments.parts:
-        found = [case._replace(parts=tuple(part for part in case.parts if part in arguments.parts)) for case in found]
+    if arguments.parts:  # of a case that is named any that there are, else those that it has
+        possible = TRAINING if arguments.op == "classes" else (*TRAINING, *MATCH)
+        asked = {case: possible if arguments.cases else case.parts for case in found}
+        found = [case._replace(parts=tuple(p for p in has if p in arguments.parts)) for case, has in asked.items()]
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
         there = {case.name for case in found if case.dtype == dtype}

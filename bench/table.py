@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("torch", "triton", "commit", "date")
 
 
 @dataclass(frozen=True)
@@ -82,47 +83,86 @@ def read(path: Path) -> list[Row]:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """The rows of one case as a small table, under what they were measured with; columns of nothing are left out."""
+    """The rows of one case as a small table, under what they were measured with."""
     first = found[0]
     title = " ".join(filter(None, [first.op, first.case, first.part, first.dtype]))
-    threads = "" if first.device.startswith("NVIDIA") else f", {first.threads} threads"
-    ceilings = sorted({(row.products, row.matmul_tflops) for row in found if row.matmul_tflops is not None})
-    reached = ", ".join(f"torch.mm {name} {value:.3g} TFLOP/s" for name, value in ceilings)
+    return (
+        f"{title}: {first.device}, {measured(found)}\nCeilings in this run: {ceilings(found)}\n\n{grid(columns(found))}"
+    )
+
+
+def of_gpu(row: Row) -> bool:
+    """Whether a row's device is a GPU, by its name: AMD makes CPUs, too, some of them with graphics."""
+    return re.match(r"(NVIDIA|Tesla|GeForce|Quadro|AMD Instinct|AMD Radeon)\b", row.device) is not None
+
+
+def measured(found: Sequence[Row]) -> str:
+    """Threads, versions, commit and date of rows; several where they differ."""
+
+    def each(values: Iterable[object]) -> str:
+        return " and ".join(sorted({str(value) for value in values}))
+
+    threads = "" if of_gpu(found[0]) else f"{each(row.threads for row in found)} threads, "
+    torch, triton, commit, date = (each(getattr(row, name) for row in found) for name in VERSIONS)
+    return f"{threads}torch {torch}, triton {triton}, commit {commit}, {date} UTC"
+
+
+def ceilings(found: Sequence[Row]) -> str:
+    """What products and a copy reached in the same runs; the least and the most where there were several."""
+    reached: dict[str, set[float]] = {}
+    for row in sorted(found, key=lambda row: row.products):
+        if row.matmul_tflops is not None:
+            reached.setdefault(f"torch.mm {row.products} {{}} TFLOP/s", set()).add(row.matmul_tflops)
+    reached["copy {} GB/s"] = {row.copy_gbs for row in found if row.copy_gbs is not None}
+    ends = ((form, dict.fromkeys((rate(min(values)), rate(max(values))))) for form, values in reached.items() if values)
+    return ", ".join(form.format(" to ".join(shown)) for form, shown in ends)
+
+
+def columns(found: Sequence[Row]) -> dict[str, list[str]]:
+    """The columns of a table of rows; those of nothing are left out."""
     ratio = next((f"time / {row.base}" for row in found if row.ratio is not None), "ratio")
-    columns = {
+    every = {
         "provider": [row.provider for row in found],
-        "median": [_time(row.median_s) for row in found],
+        "median": [time(row.median_s) for row in found],
         "quartiles": [_quartiles(row) for row in found],
         ratio: [_shown(row.ratio, "{:.2f}") for row in found],
-        "peak MB": [_shown(row.peak_bytes and row.peak_bytes / 1e6, "{:.1f}") for row in found],
+        "peak MB": [megabytes(row.peak_bytes) for row in found],
         "useful TFLOP/s": [_shown(row.tflops, "{:.3g}") for row in found],
         "of torch.mm": [_shown(row.share_of_matmul, "{:.0%}") for row in found],
         "of copy": [_shown(row.share_of_copy, "{:.0%}") for row in found],
         "recall": [_shown(row.recall, "{:.5f}") for row in found],
         "note": ["; ".join(filter(None, [row.status if row.status != "ok" else "", row.note])) for row in found],
     }
-    kept = {name: cells for name, cells in columns.items() if any(cells)}
-    lines = [list(kept), ["---"] * len(kept), *zip(*kept.values(), strict=True)]
-    return "\n".join(
-        [
-            f"{title}: {first.device}{threads}, torch {first.torch}, triton {first.triton}, "
-            f"commit {first.commit}, {first.date} UTC",
-            f"Ceilings in this run: {', '.join(filter(None, [reached, f'copy {first.copy_gbs or 0:.3g} GB/s']))}",
-            "",
-            *("| " + " | ".join(line).replace("\n", " ") + " |" for line in lines),
-        ]
-    )
+    return {name: cells for name, cells in every.items() if any(cells)}
+
+
+def grid(shown: dict[str, list[str]]) -> str:
+    """Columns of cells as a Markdown table."""
+    lines = [list(shown), ["---"] * len(shown), *zip(*shown.values(), strict=True)]
+    cells = ([cell.replace("\n", " ").replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _quartiles(row: Row) -> str:
-    return "" if row.median_s is None else f"{_time(row.lower_s)} to {_time(row.upper_s)}"
+    return "" if row.median_s is None else f"{time(row.lower_s)} to {time(row.upper_s)}"
 
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _time(seconds: float | None) -> str:
+def megabytes(size: float | None) -> str:
+    """A number of bytes in millions; nothing where there is none."""
+    return _shown(None if size is None else size / 1e6, "{:,.1f}")
+
+
+def rate(value: float) -> str:
+    """A number per second, to three digits, and never in powers of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def time(seconds: float | None) -> str:
+    """A time in seconds or milliseconds; nothing where there is none."""
     if seconds is None:
         return ""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"

@@ -173,6 +173,8 @@ def test_the_tiny_graph_case_from_the_command_line_to_the_file(
         assert (row.case, row.dtype, row.products) == ("600x64x9", "float32", "float32")
         assert row.lower_s <= row.median_s <= row.upper_s
         assert row.tflops == pytest.approx(600 * 599 * 64 / row.median_s / 1e12)
+        useful = 4 * 600 * 64 + 600 * 9 * (4 + 8)  # the table, similarities and ids
+        assert row.share_of_copy == pytest.approx(useful / row.median_s / 1e9 / row.copy_gbs)
         assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
         assert min(row.ratio, row.copy_gbs, row.threads) > 0
         assert row.peak_bytes is None
@@ -295,7 +297,16 @@ def test_cases_by_name_and_dtype() -> None:
         return graph._chosen(options, torch.device(options.device))
 
     assert {case.dtype for case in chosen()} == {torch.bfloat16, torch.float32}
-    assert len(chosen("--dtype", "bfloat16")) == len(chosen()) // 2
+    half = chosen("--dtype", "bfloat16")
+    assert {case.dtype for case in half} == {torch.bfloat16}
+    assert [case.name for case in half] == list(dict.fromkeys(case.name for case in chosen()))  # each size once
+    assert [case for case in chosen() if case.dtype == torch.bfloat16] == half  # which are all there in bf16
+    swept = [case.classes for case in half if (case.dim, case.k) == (512, 256)]
+    assert sorted(swept) == [10572, 20000, 42871, 85742]
+    assert len(set(graph.CPU_CASES)) == len({case.name for case in graph.CPU_CASES}) == len(graph.CPU_CASES)
+    at_64 = {case.classes for case in graph.CPU_CASES if (case.dim, case.k) == (512, 64)}
+    assert at_64 == {2500, 5000, 10000, 20000, 40000, 60000}
+    assert {case.k for case in graph.CPU_CASES if case.classes == 10000} == {16, 64, 256}
     assert [case.name for case in chosen("--cases", "85742x512x256", "50x8x3")] == ["85742x512x256"] * 2 + ["50x8x3"]
     for case in (*chosen(), *graph.CPU_CASES):
         for device in ("cpu", "cuda"):

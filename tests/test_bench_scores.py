@@ -213,6 +213,32 @@ def test_compiled_baselines_are_right(dtype: str) -> None:
         assert row.status == "ok", row
 
 
+@pytest.mark.parametrize(
+    ("cases", "batch", "classes", "k"),
+    [
+        (scores.CPU_CASES, 64, {1000: 64, 2000: 64, 4000: 64, 8000: 64}, {16, 32, 64, 128, 256}),
+        (scores.CUDA_CASES, 256, {2500: 256, 5000: 256, 10572: 256, 21144: 256}, {32, 64, 128, 256}),
+    ],
+)
+def test_sweeps_of_the_class_path(
+    cases: dict[str, list[Case]], batch: int, classes: dict[int, int], k: set[int]
+) -> None:
+    known = cases["classes"]
+    assert len({(case.name, case.dtype) for case in known}) == len(known)  # none twice
+    dtype = torch.float32 if cases is scores.CPU_CASES else torch.bfloat16
+    sizes = {case.sizes for case in known if case.dtype == dtype and "step" in case.parts}
+    assert {(batch, count, near, 512, 7, 7, 4) for count, near in classes.items()} <= sizes
+    among = 2000 if cases is scores.CPU_CASES else 10572
+    assert {size[2] for size in sizes if size[1] == among and size[-1] == 4} == k
+
+
+def test_a_slow_provider_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = scores.SWEPT(CLASSES.sizes)
+    monkeypatch.setitem(scores.CPU_CASES, "classes", [case])
+    (found,) = scores.run(command.parser().parse_args(["classes", "--device", "cpu", "--no-memory"]))
+    assert {row.provider: row.repeats for row in found} == {scores.OURS: 3, scores.PER_LABEL: 2, scores.VECTORISED: 3}
+
+
 def test_cases_by_name_dtype_and_part() -> None:
     def chosen(*given: str, device: str = "cpu") -> list[Case]:
         options = command.parser().parse_args([*given, "--device", device])
@@ -225,11 +251,19 @@ def test_cases_by_name_dtype_and_part() -> None:
             assert {again.sizes for again in chosen(op, "--cases", case.name)} == {case.sizes}
     assert [case.parts for case in chosen("pairs", "--parts", "step", "match")] == [("step",), ("match",), ("match",)]
     assert chosen("classes", "--parts", "match") == []
-    small, large = chosen("classes", "--dtype", "bfloat16")  # the one that is there in bf16 is not made of another
-    assert (small.sizes[1], large.repeats, large.only) == (1000, 3, scores.CPU_CASES["classes"][2].only)
+    half = chosen("classes", "--dtype", "bfloat16")
+    (large,) = (case for case in half if case.name == "64x10000x256x512x7x7x4")  # there in bf16: not made of another
+    assert large == scores.CPU_CASES["classes"][2]
+    assert {case.dtype for case in half} == {torch.bfloat16}
+    assert [case.name for case in half] == list(dict.fromkeys(case.name for case in half))
+    assert {case.name for case in half} == {case.name for case in chosen("classes")}
     assert chosen("pairs", "--cases", "8x8x4x2x2")[0].parts == scores.TRAINING
     assert chosen("pairs", "--cases", "8x9x4x2x2")[0].parts == scores.MATCH
     assert chosen("pairs", "--cases", "8x9x4x2x2", "--parts", "step")[0].parts == ("step",)
+    swept = ("classes", "--cases", "64x2000x64x512x7x7x4")
+    assert [case.parts for case in chosen(*swept)] == [("step",)]
+    assert [case.parts for case in chosen(*swept, "--parts", "step", "forward")] == [("forward", "step")]  # if named
+    assert chosen(*swept, "--parts", "match") == []
     for op, name in (
         ("classes", "64x64x512x7x7"),
         ("classes", "8x9x9x4x2x2x1"),
