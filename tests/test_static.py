@@ -1,4 +1,7 @@
-"""Every kernel compiles for GPUs that are not there, onto tensor cores, with wide loads and without spills."""
+"""Every kernel compiles for GPUs that are not there, onto tensor cores, with wide loads and without spills.
+
+What the compiler makes of the kernels is committed as tables under `bench/results/static/`: a change shows in review.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +10,134 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ARCHES = (80, 90, 100)
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have, CUDA programming guide
+triton = pytest.importorskip("triton")
+
+from bench import static  # noqa: E402
+
+Reports = list[static.Report]
+
+ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+TENSOR_CORE = {
+    "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma",
+}  # fmt: skip
+# bytes a block may have: CUDA programming guide; CDNA3 ISA guide
+SHARED_LIMIT = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
+}  # fmt: skip
+REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
+LAUNCHES = 52
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
+WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
-@pytest.fixture(scope="module", params=ARCHES)
-def reports(request: pytest.FixtureRequest) -> list[dict]:
+def run(*arguments: str) -> Any:
     # A process of its own: kernels that are interpreted in this one cannot be compiled here.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.static", "--json", "--arch", str(request.param)],
+    found = subprocess.run(
+        [sys.executable, "-m", "bench", "static", "--json", *arguments],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return json.loads(found.stdout)
 
 
-def products(reports: list[dict]) -> list[dict]:
-    return [row for row in reports if row["kernel"] in PRODUCTS]
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Reports:
+    """Of all the architectures that tests were selected for, at once: a process compiles on all cores."""
+    items = (item for item in request.session.items if item.path == request.path)
+    chosen = {item.callspec.params.get("arch") for item in items if hasattr(item, "callspec")}
+    arches = [arch for arch in ARCHES if arch in chosen]
+    alone = [arch for arch in arches if arch != WITH_OTHERS]
+    rows = run("--arch", *alone) if alone else []
+    if WITH_OTHERS in arches:
+        rows += run("--arch", WITH_OTHERS, "--all-configs")
+    return [static.Report(**row) for row in rows]
 
 
-def test_every_kernel_compiles_and_fits(reports: list[dict]) -> None:
-    kernels = {row["kernel"] for row in reports}
-    assert kernels == {*PRODUCTS, *OTHERS}
-    assert len(reports) == 52
-    for row in reports:
-        assert 0 < row["shared"] <= SHARED_LIMIT[row["arch"]], row
-        assert 0 < row["registers"] * row["threads"] <= 65_536, row
+@pytest.fixture(params=ARCHES)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_no_spills(reports: list[dict]) -> None:
-    spilled = [row for row in reports if row["stack"] or row["opcodes"]["LDL"] or row["opcodes"]["STL"]]
-    assert spilled == []
+@pytest.fixture
+def shipped(compiled: Reports, arch: str) -> Reports:
+    return [each for each in compiled if each.arch == arch and each.is_shipped]
 
 
-def test_products_are_on_the_tensor_cores(reports: list[dict]) -> None:
-    for row in products(reports):
-        names = ("HMMA", TENSOR_CORE[row["arch"]]) if "fp32" in row["case"] else (TENSOR_CORE[row["arch"]],)
-        assert any(row["opcodes"][name] for name in names), row
+@pytest.fixture
+def products(shipped: Reports) -> Reports:
+    return [each for each in shipped if each.kernel in PRODUCTS]
 
 
-def test_maps_are_loaded_sixteen_bytes_at_a_time(reports: list[dict]) -> None:
-    for row in products(reports):
-        assert row["opcodes"]["LDGSTS"] or row["opcodes"]["UTMALDG"], row
-        if "forward" in row["case"] or row["kernel"] == "_append_kernel":
-            assert row["narrowest_async_load"] in (0, 128), row
-    assert all(row["widest_load"] == 128 for row in reports if row["kernel"] == "_norms_kernel")
+def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
+    assert {each.kernel for each in shipped} == {*PRODUCTS, *OTHERS}
+    assert len(shipped) == LAUNCHES
+    for each in shipped:
+        assert "does not compile" not in each.verdict, each
+        assert 0 < each.shared <= SHARED_LIMIT[each.arch], each
+        assert 0 < each.registers * each.threads <= REGISTERS["gfx" if "gfx" in each.arch else "sm"], each
+        assert each.registers <= 512 if "gfx" in each.arch else 255, each
+
+
+def test_no_spills(shipped: Reports) -> None:
+    assert [each for each in shipped if each.stack or each.local or each.verdict != "kept"] == []
+
+
+def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
+    for each in products:
+        # Hopper and Blackwell multiply both operands of tf32 from shared memory only where these lie along the sum
+        names = ("HMMA", TENSOR_CORE[arch]) if "fp32" in each.case else (TENSOR_CORE[arch],)
+        assert any(f" {name}" in f" {each.tensor_core}" for name in names), each
+
+
+def test_maps_are_loaded_sixteen_bytes_at_a_time(shipped: Reports, products: Reports, arch: str) -> None:
+    for each in products:
+        if arch == "gfx942":  # where maps pass through registers on their way to shared memory
+            assert each.widest_load == 128, each
+        else:
+            assert each.async_copies, each
+            if "forward" in each.case or "match" in each.case or each.kernel == "_append_kernel":
+                assert each.narrowest_async_copy in (0, 128), each
+    assert all(each.widest_load == 128 for each in shipped if each.kernel == "_norms_kernel")
+
+
+def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) -> None:
+    table = static.committed(arch)
+    if not table:
+        kept = sorted(path.name for path in static.TABLES.parent.glob("triton-*"))
+        pytest.skip(f"no table of Triton {triton.__version__}: there are {', '.join(kept)}")
+    if arch != WITH_OTHERS:
+        table = [line for line in table if line["configurations"] == "shipped"]
+    told = static.differences(table, [static.line(each) for each in compiled if each.arch == arch])
+    assert not told, "\n".join([*told, f"{len(told)} differences. If they are meant: python -m bench static --save"])
+
+
+def test_differences_name_row_and_column() -> None:
+    same = {"case": "a", "configurations": "shipped", "configuration": "BS=64", "registers": "9"}
+    other = {"case": "b", "configurations": "other", "configuration": "BS=32", "registers": "9"}
+    assert static.differences([same, other], [same, other]) == []
+    assert static.differences([same, other], [same | {"registers": "10", "configuration": "BS=32"}]) == [
+        "a shipped: configuration: BS=64 -> BS=32",
+        "a shipped: registers: 9 -> 10",
+        "b BS=32: is gone",
+    ]
+    assert static.differences([same], [same, other]) == ["b BS=32: is new"]
+
+
+def test_a_new_batch_size_compiles_nothing() -> None:
+    """Nor do a new number of classes or K.
+
+    Sizes are 1, multiples of 16, and neither, which Triton tells apart where it specialises integers.
+
+    Lists are selected from, and put in order, in powers of two (BL and BK), so that short ones cost little: a K in the
+    next power of two is compiled for. Of these kernels, launches of one length each are compared.
+    """
+    keys = run("--keys")
+    assert len(keys) == LAUNCHES
+    several = {case: found for case, found in keys.items() if len(found) > 1}
+    assert not several, json.dumps(several, indent=1)
