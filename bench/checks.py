@@ -7,7 +7,6 @@ floors.json, is the ratio of their times: that of one machine is worth something
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import graph, measure, scores
+from . import graph, measure, scores, table
 from .matching import Case, build, truth, work
 
 FLOORS = Path(__file__).parent / "floors.json"
@@ -78,7 +77,7 @@ def prepare(check: Check, device: torch.device) -> Prepared:
     if isinstance(case, graph.Case):
         found, flops = (
             list(graph.providers(case, graph.table(case, device))),
-            float(case.classes) * (case.classes - 1) * case.dim,
+            graph.work(case)[0],
         )
     else:
         problem, true = build(check.op, case, device), cache(truth)
@@ -146,9 +145,7 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
 
 def machine(device: torch.device) -> str:
     """Whose floors hold on a device: those of the GPU's name, or those of any CPU."""
-    if device.type != "cuda":
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return "cpu" if device.type != "cuda" else table.slug(torch.cuda.get_device_name(device))
 
 
 def floors(device: torch.device) -> dict[str, float]:

@@ -385,11 +385,6 @@ def summary(outcomes: Sequence[Outcome], check: Check, title: str) -> str:
     return "\n".join([*header, *lines, "", *check.report, ""])
 
 
-def slug(device: str) -> str:
-    """The folder of a device, as `table.save` names it."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages, write the summary, and exit with 1 if one of them failed or timed out."""
     parser = argparse.ArgumentParser(
@@ -405,7 +400,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cpu" if options.dry else "cuda"
     name = measure.environment(torch.device(device))["device"]
     output = options.output or (ROOT / "out" / "gpu-check" if options.dry else table.RESULTS)
-    check = Check((output / slug(name)).absolute(), device, options.dry)
+    check = Check((output / table.slug(name)).absolute(), device, options.dry)
     title = "Dry run of the GPU check: nothing was measured on a GPU" if options.dry else f"GPU check: {name}"
     end = monotonic() + 60 * options.minutes
     left = {stage: share for stage, (_, share) in STAGES.items() if not options.stages or stage in options.stages}

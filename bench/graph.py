@@ -373,14 +373,15 @@ def _named(name: str, known: list[Case]) -> list[Case]:
     return [case for case in known if case.name == name] or [Case(sizes[0], sizes[1], sizes[2])]
 
 
-def useful_bytes(case: Case) -> float:
-    """The table read once, and similarities, in fp32 at least, and ids written once."""
+def work(case: Case) -> tuple[float, float]:
+    """Useful operations, every unordered pair once, and useful bytes: the table, similarities in fp32 at least, ids."""
     width = case.dtype.itemsize
-    return float(case.classes) * (case.dim * width + case.k * (max(width, 4) + 8))
+    flops = float(case.classes) * (case.classes - 1) * case.dim
+    return flops, float(case.classes) * (case.dim * width + case.k * (max(width, 4) + 8))
 
 
 def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[Row]:
-    values = table(case, device)
+    values, (flops, moved) = table(case, device), work(case)
     return measure.rows(
         "graph",
         case.name,
@@ -389,7 +390,7 @@ def _measured(case: Case, device: torch.device, arguments: Namespace) -> list[Ro
         base=OURS,
         repeats=arguments.repeats or case.repeats,
         device=device,
-        flops=float(case.classes) * (case.classes - 1) * case.dim,
-        moved=useful_bytes(case),
+        flops=flops,
+        moved=moved,
         memory=arguments.memory,
     )

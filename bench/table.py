@@ -54,8 +54,7 @@ def save(found: Iterable[Row], directory: Path = RESULTS) -> list[Path]:
 
     files: dict[Path, list[Row]] = {}
     for row in found:
-        device = re.sub(r"[^a-z0-9]+", "-", row.device.lower()).strip("-")
-        files.setdefault(directory / device / f"{row.op}.csv", []).append(row)
+        files.setdefault(directory / slug(row.device) / f"{row.op}.csv", []).append(row)
     for path, new in files.items():
         kept = {key(row): row for row in (read(path) if path.exists() else [])}
         kept |= {key(row): row for row in new}
@@ -65,6 +64,11 @@ def save(found: Iterable[Row], directory: Path = RESULTS) -> list[Path]:
             writer.writeheader()
             writer.writerows(asdict(row) for row in kept.values())
     return list(files)
+
+
+def slug(device: str) -> str:
+    """The folder of a device."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def read(path: Path) -> list[Row]:

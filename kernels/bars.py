@@ -14,6 +14,7 @@ from torch import Tensor
 from . import config
 
 CANDIDATE_FLOPS = 2**14  # what it costs to append and select one candidate, in terms of the product
+UNBARRED = 2  # how much dearer candidates are that come in a rush, before there is a bar
 GATHER = 128  # how much slower a product with gathered rows is than one of matrices
 TAIL = 8  # of a previous list's neighbours, the last ones
 STRIP = 2**20  # numbers to hold at a time
@@ -70,7 +71,7 @@ def _rank(num_keys: int, size: int, k: int) -> int:
 def _cheapest(num_keys: int, dim: int, k: int) -> tuple[int, float, float]:
     """The size of the sample that costs least, 0 for none; the candidates it leaves; what both cost, in flops."""
     seen = k * (1 + math.log(num_keys / k))
-    plans = [(0, seen, CANDIDATE_FLOPS * seen)]
+    plans = [(0, seen, UNBARRED * CANDIDATE_FLOPS * seen)]
     size = 64
     while 4 * size <= num_keys:
         rank = _rank(num_keys, size, k)

@@ -92,12 +92,16 @@ def shape_class(locations: int, channels: int, *element_sizes: int) -> tuple[int
     return _power_of_two(locations, 16, 2**30), _power_of_two(channels, 16, 2**30), *element_sizes
 
 
-def _fitting(configs: Iterable[Config], stage_bytes: Callable[[dict[str, int]], int]) -> list[Config]:
-    """The first, which is shipped, and of the others those different ones whose stages fit into shared memory."""
+def _fitting(configs: Iterable[Config], shared: Callable[[Config], int]) -> list[Config]:
+    """The first, which is shipped, and of the others those different ones that fit into shared memory."""
     first, *others = configs
     different = [config for number, config in enumerate(others) if config not in (first, *others[:number])]
-    spare = 1 if generation() == AMD else 0  # of the stages, one stays in registers
-    return [first, *(c for c in different if (c.num_stages - spare) * stage_bytes(c.tiles) <= shared_memory())]
+    return [first, *(config for config in different if shared(config) <= shared_memory())]
+
+
+def _buffers(config: Config) -> int:
+    """How many tiles of an operand are in shared memory: AMD keeps one more in registers."""
+    return config.num_stages - (generation() == AMD)
 
 
 def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
@@ -117,13 +121,13 @@ def correlation_forward(locations: int, channels: int, probe_size: int, gallery_
     if is_half and family in (8, 9) and (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
         found += [Config(kept, number, num_stages=2) for number in warps]
     step = 64 if probe_size == 2 else 32
-    if family == 8 and shared_memory() < 2**17 and probe_size == gallery_size:  # sm_86, sm_89: wider steps may spill
+    if family in (8, 12) and shared_memory() < 2**17 and probe_size == gallery_size:  # there wider steps may spill
         found.append(Config(kept | {"BC": min(whole, step // 2), "RESIDENT": False}, warps[0], num_stages=3))
     for channels_a_step in (step, 2 * step):
         read = kept | {"BC": min(whole, channels_a_step), "RESIDENT": False}
         found += [Config(read, number, num_stages=3) for number in warps]
     wider = max(probe_size, gallery_size)
-    return _fitting(found, lambda tiles: 0 if tiles["RESIDENT"] else 2 * tile * tiles["BC"] * wider)
+    return _fitting(found, lambda c: 0 if c.tiles["RESIDENT"] else _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
 
 
 def norms(channels: int) -> Config:
@@ -147,7 +151,8 @@ def correlation_backward(locations: int, channels: int, element_size: int) -> li
         for most in (128, 64, 256)
         for num_warps in ((8, 4) if tile >= 32 else (4, 2))
     ]
-    return _fitting(found, lambda tiles: element_size * tile * tiles["BC"])
+    # of the maps one tile is in registers everywhere; the weights are there once
+    return _fitting(found, lambda c: element_size * tile * ((c.num_stages - 1) * c.tiles["BC"] + tile))
 
 
 def cosine_topk(dim: int, element_size: int) -> list[Config]:
@@ -167,7 +172,7 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
         Config({"BM": rows, "BN": columns, "BD": step, "GROUP": 1024 // rows}, num_warps, num_stages=3)
         for rows, columns, num_warps in (first, (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 256, 8))
     ]
-    return _fitting(found, lambda tiles: (tiles["BM"] + tiles["BN"]) * step * element_size)
+    return _fitting(found, lambda c: _buffers(c) * (c.tiles["BM"] + c.tiles["BN"]) * step * element_size)
 
 
 def select(length: int) -> Config:

@@ -261,6 +261,7 @@ def pair_sums(
         _launch_forward(probe, gallery, index, order, edges, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
+    step = step // 4 * 4 or step  # where a part's norms are aligned as all of them are, the kernel is the same
     for start in range(0, neighbors, step):
         part = slice(start, min(start + step, neighbors))
         found = sums.new_empty(probes, part.stop - part.start)

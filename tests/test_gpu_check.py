@@ -220,7 +220,7 @@ def test_a_study_that_is_stopped_keeps_its_rows(check: Check, monkeypatch: pytes
         raise TimedOut("stopped")
 
     name = measure.environment(CPU)["device"]
-    check.folder = check.folder / gpu_check.slug(name)
+    check.folder = check.folder / gpu_check.table.slug(name)
     monkeypatch.setattr(check, "python", stopped)
     found = "ok"
     assert gpu_check.study(check).startswith("2 rows in the time there was")
