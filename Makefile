@@ -13,10 +13,10 @@ INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format gpu-check clean
+.PHONY: help demo test lint format benchmark gpu-check clean
 
 help: ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
 	@echo "                or for the check (make gpu-check ARGS='--minutes 30'; --dry-run works without a GPU)"
@@ -38,6 +38,9 @@ lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 format: $(VENV)/dev.stamp ## let ruff fix and format the sources
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+benchmark: $(VENV)/dev.stamp ## the perf checks, each beside a baseline and checked first; leave the machine idle
+	$(BIN)/python -m pytest --benchmark $(ARGS)
 
 # in an environment that has a torch for the GPU, with nothing to download
 gpu-check: ## test and measure on this machine's GPU, offline, in ten minutes; results in bench/results

@@ -39,8 +39,8 @@ chosen: dict[tuple[object, ...], Config] = {}  # in this process
 def is_on() -> bool:
     """Whether launches may be tuned for.
 
-    By default where kernels are compiled, unless results are wanted that are the same every time
-    (`torch.use_deterministic_algorithms`) or a CUDA graph is being captured, which allows no clock.
+    By default where kernels are compiled, unless results are wanted that are the same on every machine
+    (`torch.use_deterministic_algorithms`).
 
     Raises:
         ValueError: `QACONV_TRITON_TUNE` is neither empty, "0" nor "1".
@@ -50,9 +50,7 @@ def is_on() -> bool:
         raise ValueError(f"{TUNE_VARIABLE}: expected '0' or '1', got {wanted!r}")
     if wanted == "0" or torch.are_deterministic_algorithms_enabled():
         return False
-    if torch.cuda.is_available():
-        return not torch.cuda.is_current_stream_capturing()
-    return wanted == "1" and INTERPRETED
+    return wanted == "1" if INTERPRETED else torch.cuda.is_available()
 
 
 def choose(
@@ -72,6 +70,8 @@ def choose(
         return _configs(table, shape, generation())[0]
     key = (table.__name__, shape, variant)
     if key not in chosen:
+        if not INTERPRETED and torch.cuda.is_current_stream_capturing():  # which allows no clock
+            return _configs(table, shape, generation())[0]
         chosen[key] = _found(table, shape, variant, run)
     return chosen[key]
 
@@ -131,7 +131,7 @@ def contest(configs: list[Config], run: Callable[[Config], Any]) -> dict[int, fl
 
 def _milliseconds(run: Callable[[], Any]) -> float:
     """Median time of a launch: by events, after a flush of the L2 cache."""
-    if torch.cuda.is_available():
+    if not INTERPRETED:
         return float(triton.testing.do_bench(run, return_mode="median"))
     started = perf_counter()
     run()
@@ -146,7 +146,7 @@ def cache_directory() -> Path:
 
 
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    return "interpreter" if INTERPRETED else torch.cuda.get_device_name()
 
 
 def _read(path: Path, configs: list[Config]) -> Config | None:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before CUDA starts: without it cuBLAS refuses to work deterministically.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,14 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see what is shipped
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--benchmark` nothing but the perf checks is imported; without it they are there, and skipped."""
+    is_other = collection_path.suffix == ".py" and collection_path.name != "test_performance.py"
+    return True if config.getoption("--benchmark") and is_other else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--benchmark"):
-        others = [item for item in items if not item.get_closest_marker("benchmark")]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item.get_closest_marker("benchmark")]
-        return
     for item in items:
-        if item.get_closest_marker("benchmark"):
+        if item.get_closest_marker("benchmark") and not config.getoption("--benchmark"):
             item.add_marker(pytest.mark.skip(reason="a perf check: pytest --benchmark"))
         elif item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
