@@ -50,7 +50,7 @@ def checks(device: torch.device) -> list[Check]:
         tables = [(graph.Case(*sizes), "blocked mm + topk") for sizes in ((2048, 8192, 32), (6000, 512, 64))]
         class_path = Case((64, 2000, 64, 512, 7, 7, 4), repeats=7)
         all_pairs = Case((64, 64, 512, 7, 7), repeats=7)
-        inference = Case((32, 512, 512, 7, 7), repeats=7)
+        inference = Case((16, 128, 512, 24, 8), repeats=7)
     return [
         *(Check("graph", "graph", case, "", baseline) for case, baseline in tables),
         *(Check(f"class path, {part}", "classes", class_path, part, scores.VECTORISED) for part in scores.TRAINING),

@@ -71,7 +71,8 @@ def cases(device: torch.device) -> list[Case]:
     if device.type != "cuda":
         return list(CPU_CASES)
     both = [Case(*size, dtype=dtype) for size in CUDA_SIZES for dtype in (torch.bfloat16, torch.float32)]
-    return both + [Case(*size, dtype=torch.bfloat16, repeats=3) for size in CUDA_SWEEP]
+    found = both + [Case(*size, dtype=torch.bfloat16, repeats=3) for size in CUDA_SWEEP]
+    return sorted(found, key=lambda case: work(case)[0] * case.dtype.itemsize)  # a run cut short loses the largest
 
 
 def table(case: Case, device: torch.device) -> Tensor:

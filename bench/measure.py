@@ -28,8 +28,9 @@ import torch
 
 from .table import Row
 
+WRITTEN = ("bench/results", "bench/floors.json", "docs/benchmarks.md", "docs/benchmarks")  # by the benchmarks
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: what a call reads comes from memory
-MATMUL_SIZE = {"cpu": 1536, "cuda": 4096}
+MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 CEILING_REPEATS = 5
 
@@ -278,7 +279,7 @@ def _commit() -> str:
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+        changed = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){path}" for path in WRITTEN))
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

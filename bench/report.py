@@ -58,6 +58,14 @@ python -m bench report
 ```
 """
 
+COMPILATION = """What the first call of a kernel waits for, unless Triton has it in its cache: its compilation, on this
+machine, for the architecture beside its name. A new batch size, number of classes or K compiles nothing new.
+`qaconv_triton.warmup` does it ahead of a training.
+
+```sh
+python -m bench static --times
+```"""
+
 Drawings = dict[str, Callable[[Path], None]]  # by the file's path below the output directory
 
 
@@ -114,13 +122,15 @@ def _device(
     lines += _roofline(name, found, drawings)
     known = [op for op in FORMS if any(row.op == op for row in found)]
     for op in [*known, *sorted({row.op for row in found} - set(known))]:
-        title, form = FORMS.get(op, (op, ""))
+        title, form = FORMS.get(op, ("", ""))
         lines += [f"### {title}: `{op}`" if form else f"### `{op}`", ""]
         lines += [f"Sizes are {form}", ""] if form else []
         for sweep in sweeps:
             lines += _sweep(name, sweep, styles, drawings) if sweep.op == op else []
-        for group in alone:
-            lines += _case(group) if group[0].op == op else []
+        of_op = [group for group in alone if group[0].op == op]
+        for group in of_op if form else []:
+            lines += _case(group)
+        lines += [] if form else _plain([row for group in of_op for row in group])
     return "\n".join(lines)
 
 
@@ -166,6 +176,13 @@ def _case(found: Sequence[Row]) -> list[str]:
     at = "" if not plots.threads(first) else f", {first.threads} threads"
     sizes = [f"{plots.named(first)}.", ""] if plots.named(first) else []
     return [f"#### {title}{at}", "", *sizes, *_measured(found), table.grid(table.columns(found)), ""]
+
+
+def _plain(found: Sequence[Row]) -> list[str]:
+    """All rows of an op without sizes in one table."""
+    shown = {"case": [" ".join(filter(None, [row.case, row.part])) for row in found]} | table.columns(found)
+    said = [COMPILATION, ""] if found[0].op == "compile" else []
+    return [*said, *_measured(found), table.grid(shown), ""]
 
 
 def _sweep(name: str, sweep: plots.Sweep, styles: dict[str, plots.Style], drawings: Drawings) -> list[str]:

@@ -59,10 +59,12 @@ def save(found: Iterable[Row], directory: Path = RESULTS) -> list[Path]:
         kept = {key(row): row for row in (read(path) if path.exists() else [])}
         kept |= {key(row): row for row in new}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        whole = path.with_suffix(".new")  # a run that is ended meanwhile costs no rows
+        with whole.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(row) for row in kept.values())
+        whole.replace(path)
     return list(files)
 
 
@@ -129,6 +131,7 @@ def columns(found: Sequence[Row]) -> dict[str, list[str]]:
         "provider": [row.provider for row in found],
         "median": [time(row.median_s) for row in found],
         "quartiles": [_quartiles(row) for row in found],
+        "rounds": [_shown(row.repeats, "{:.0f}") for row in found],
         ratio: [_shown(row.ratio, "{:.2f}") for row in found],
         "peak MB": [megabytes(row.peak_bytes) for row in found],
         "useful TFLOP/s": [_shown(row.tflops, "{:.3g}") for row in found],

@@ -50,6 +50,8 @@ def environment(device: torch.device) -> None:
     for name, value in around.items():
         print(f"{name}: {value}")
     packages = ("numpy", "pytest", "xdist", "hypothesis", "matplotlib", "torchmetrics", "tqdm", "faiss")
+    peers = ("faiss", "flashlib", "flash_maxsim", "late_interaction_kernels")
+    print("peers that are not here:", ", ".join(name for name in peers if not importlib.util.find_spec(name)) or "none")
     print("installed:", ", ".join(name for name in packages if importlib.util.find_spec(name)), flush=True)
     for program in ("ncu", "compute-sanitizer"):
         print(f"{program}: {shutil.which(program) or 'none'}", flush=True)

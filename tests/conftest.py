@@ -124,3 +124,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("triton is not installed")
     monkeypatch.setenv(BACKEND_VARIABLE, request.param)
     return request.param
+
+
+@pytest.fixture
+def cpu_backend(backend: str) -> str:
+    """As `backend`, for tensors on the CPU, which compiled kernels cannot take."""
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are compiled here: they take no CPU tensors")
+    return backend

@@ -102,9 +102,9 @@ def test_a_wrong_result_or_an_error_has_no_number() -> None:
         assert numbers == (None,) * 7
     printed = table.markdown(found)
     assert (
-        "| provider | median | quartiles | useful TFLOP/s | of torch.mm | recall | note |" in printed
+        "| provider | median | quartiles | rounds | useful TFLOP/s | of torch.mm | recall | note |" in printed
     )  # none is empty
-    assert "| wrong |  |  |  |  | 0.50000 | wrong: 3 is not 2 |" in printed
+    assert "| wrong |  |  |  |  |  | 0.50000 | wrong: 3 is not 2 |" in printed
 
 
 def test_a_provider_that_cannot_be_prepared_is_a_row() -> None:

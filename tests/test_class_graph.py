@@ -184,7 +184,7 @@ def test_warm_start_looks_at_fewer_candidates(device: torch.device, monkeypatch:
     assert 50 * 1500 <= appended[2] < 0.75 * appended[1]
 
 
-def test_matcher_starts_the_second_epoch_from_the_first(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matcher_starts_the_second_epoch_from_the_first(cpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matcher = QAConv(4, 2, 2, num_classes=90, k_nearest=6)
     given = []
     search = functional.class_neighbors

@@ -105,12 +105,12 @@ def test_resets_reset_what_they_say() -> None:
     matcher.reset_running_stats()
     for norm in (matcher.bn, matcher.logit_bn):
         assert (norm.running_mean, norm.running_var, norm.num_batches_tracked) == (0, 1, 0)
-    assert not torch.equal(matcher.bn.weight, torch.ones(1))
+    assert not torch.equal(matcher.bn.weight, torch.ones(1, device=DEVICE))
     matcher.compute_class_neighbors()
     old = matcher.class_embed.clone()  # type: ignore[union-attr]
     matcher.reset_parameters()
     assert matcher.class_neighbors is None
-    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S))
+    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S, device=DEVICE))
     assert (matcher.bn.weight, matcher.bn.bias) == (1, 0)
     table = matcher.class_embed
     assert table is not None
@@ -181,7 +181,7 @@ def test_initial_values() -> None:
     torch.manual_seed(3)
     linear = nn.Linear(2 * S, 1)
     table = torch.randn(N, C, H, W) / C**0.5
-    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S))
+    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S, device=DEVICE))
     assert torch.equal(matcher.fc.bias, linear.bias)
     assert matcher.class_embed is not None
     torch.testing.assert_close(matcher.class_embed.detach(), table, rtol=1e-6, atol=0.0)

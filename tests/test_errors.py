@@ -543,7 +543,7 @@ with_bad_labels = pytest.mark.parametrize("values", BAD.values(), ids=BAD.keys()
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen bn"])
 @pytest.mark.parametrize(("include_self", "sparse_grad"), [(False, False), (True, True)])
 def test_invalid_rows_are_nan_and_count_nowhere(
-    backend: str, values: list[int], mode: str, include_self: bool, sparse_grad: bool
+    cpu_backend: str, values: list[int], mode: str, include_self: bool, sparse_grad: bool
 ) -> None:
     """Scores, statistics and gradients are those of the batch without the invalid rows."""
     target = torch.tensor(values)
@@ -597,7 +597,7 @@ def test_invalid_rows_of_the_dense_scores_are_nan(values: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("unread")
-def test_gradients_are_finite_through_the_dense_scores(backend: str) -> None:
+def test_gradients_are_finite_through_the_dense_scores(cpu_backend: str) -> None:
     matcher = build()
     feature = maps().requires_grad_()
     dense = matcher(feature, labels=labels(3, -1, 8, 7))
@@ -613,7 +613,7 @@ def test_gradients_are_finite_through_the_dense_scores(backend: str) -> None:
 
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_only_invalid_labels(backend: str, mode: str) -> None:
+def test_only_invalid_labels(cpu_backend: str, mode: str) -> None:
     matcher = build().train(mode == "train")
     before = {name: value.clone() for name, value in matcher.state_dict().items() if "tracked" not in name}
     feature = maps().requires_grad_()

@@ -153,11 +153,22 @@ def test_the_sanitizer_may_refuse_the_device(check: Check, monkeypatch: pytest.M
     printing(monkeypatch, check, 1, "========= Error: Device not supported. See the notes.\n")
     with pytest.raises(Skipped, match="refused the device"):
         gpu_check.memcheck(check)
-    printing(monkeypatch, check, 0, "========= ERROR SUMMARY: 0 errors\n")
+    printing(monkeypatch, check, 0, "graph: ok\n========= ERROR SUMMARY: 0 errors\n")
     assert gpu_check.memcheck(check) == "ERROR SUMMARY: 0 errors"
-    printing(monkeypatch, check, 1, "========= RACECHECK SUMMARY: 2 hazards displayed\n")
+    printing(monkeypatch, check, 42, "graph: ok\n========= RACECHECK SUMMARY: 2 hazards displayed\n")
     with pytest.raises(Failed, match="2 hazards"):
         gpu_check.racecheck(check)
+
+
+def test_the_sanitizer_must_have_looked_at_right_results(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, printed, said in (
+        (0, "graph: ok\n", "no summary: graph: ok"),  # it never attached
+        (0, "========= ERROR SUMMARY: 0 errors\n", "0 errors"),  # nothing was exercised
+        (1, "graph: off by 1\n========= ERROR SUMMARY: 0 errors\n", "exit status 1 of what was looked at"),
+    ):
+        printing(monkeypatch, check, code, printed)
+        with pytest.raises(Failed, match=said):
+            gpu_check.memcheck(check)
 
 
 def test_counters_may_be_unreadable(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +234,7 @@ def test_a_study_that_is_stopped_keeps_its_rows(check: Check, monkeypatch: pytes
     check.folder = check.folder / gpu_check.table.slug(name)
     monkeypatch.setattr(check, "python", stopped)
     found = "ok"
-    assert gpu_check.study(check).startswith("2 rows in the time there was")
+    assert gpu_check.study(check) == "2 rows, then the time was over: more with --minutes 30"
     found = "wrong: scores are off"
     with pytest.raises(Failed, match="1 of 2 rows: wrong"):
         gpu_check.study(check)

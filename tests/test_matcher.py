@@ -373,7 +373,7 @@ def test_frozen_bn_is_not_updated() -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_without_running_statistics_the_batch_counts(mode: str) -> None:
     matcher = build(torch.float64, mode)
-    matcher.bn = nn.BatchNorm1d(1, track_running_stats=False).double().train(mode == "train")
+    matcher.bn = nn.BatchNorm1d(1, track_running_stats=False).double().to(DEVICE).train(mode == "train")
     assert_as_eager(matcher, gallery_inputs(torch.float64, occluded=True))
 
 

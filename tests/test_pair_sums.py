@@ -162,8 +162,8 @@ def test_folded_scores_are_those_with_gradients(kind: str, dtype: torch.dtype, b
 @pytest.mark.parametrize("part", ["bn", "logit_bn"])
 def test_norms_without_parameters_or_bias_are_folded(part: str) -> None:
     matcher = build(torch.float64, "eval")
-    setattr(matcher, part, torch.nn.BatchNorm1d(1, affine=False).double().eval())
-    matcher.fc = torch.nn.Linear(2 * S, 1, bias=False).double()
+    setattr(matcher, part, torch.nn.BatchNorm1d(1, affine=False).double().to(DEVICE).eval())
+    matcher.fc = torch.nn.Linear(2 * S, 1, bias=False).double().to(DEVICE)
     inputs = gallery_inputs(torch.float64, occluded=False)
     kept = matcher(**inputs)
     assert_close(matcher.match(*inputs.values()), kept, 1e-12)
@@ -175,7 +175,7 @@ def untracked(monkeypatch: pytest.MonkeyPatch) -> QAConv:
     monkeypatch.setattr(matcher_module, "MAP_BYTES", 1)
     monkeypatch.setattr(matcher_module, "PAIRS", 2)
     matcher = build(torch.float64, "eval")
-    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double()
+    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double().to(DEVICE)
     return matcher
 
 

@@ -80,7 +80,7 @@ def test_a_case_has_its_numbers_its_command_and_its_versions(tmp_path: Path) -> 
     assert "```sh\npython -m bench graph --cases 90x16x8 --dtype float32 --device cpu --threads 2\n```\n" in text
     around = "2 threads, torch 2.0, triton 3.0, commit abc1234, 2001-02-03 04:05 UTC."
     assert f"{around} In the same run: torch.mm float32 1 TFLOP/s, copy 10 GB/s.\n" in text
-    assert "| qaconv_triton | 250 ms | 100 ms to 400 ms | 1.00 | 5.0 | 0.5 | 51% | 10% |  |  |" in text
+    assert "| qaconv_triton | 250 ms | 100 ms to 400 ms | 3 | 1.00 | 5.0 | 0.5 | 51% | 10% |  |  |" in text
     assert (
         f"| {OTHER} | 1.5 s | 100 ms to 400 ms | 6.25 | 5.0 | 0.5 | 50% | 10% | 0.50000 | slow |" in text.splitlines()
     )
@@ -92,8 +92,8 @@ def test_what_is_wrong_or_failed_has_no_number(tmp_path: Path) -> None:
     wrong = _bad(_row("graph", "90x16x8", "liar"), "wrong: off by 3")
     failed = _bad(_row("graph", "90x16x8", "raiser"), "failed: TypeError: int | None")
     text, _ = _page([_row("graph", "90x16x8"), wrong, failed], tmp_path)
-    assert _lines(text, "| liar") == ["| liar |  |  |  |  |  |  |  | wrong: off by 3 |"]
-    assert _lines(text, "| raiser") == ["| raiser |  |  |  |  |  |  |  | failed: TypeError: int \\| None |"]
+    assert _lines(text, "| liar") == ["| liar |  |  |  |  |  |  |  |  | wrong: off by 3 |"]
+    assert _lines(text, "| raiser") == ["| raiser |  |  |  |  |  |  |  |  | failed: TypeError: int \\| None |"]
     assert _lines(text, "| graph") == ["| graph 90x16x8 float32 | 200 ms | 5.0 | liar: wrong<br>raiser: failed |"]
 
 
@@ -190,12 +190,16 @@ def test_gpus_are_known_by_name(device: str, expected: bool) -> None:
 
 
 def test_an_unknown_op_is_a_plain_table(tmp_path: Path) -> None:
-    text, drawings = _page([_row("compile", "first call", share_of_copy=None, seconds=2.5)], tmp_path)
+    rows = [_row("other", case, share_of_copy=None, seconds=seconds) for case, seconds in (("a b", 2.5), ("c", 0.5))]
+    text, drawings = _page(rows, tmp_path)
     assert drawings == {}
-    section = text[text.index("### `compile`") :]
-    assert "#### first call, float32, 2 threads\n\n2 threads, torch 2.0" in section
-    assert _lines(section, "| qaconv_triton")[0].startswith("| qaconv_triton | 2.5 s |")
+    section = text[text.index("### `other`") :]
+    assert "2 threads, torch 2.0" in section
+    assert _lines(section, "| a b")[0].startswith("| a b | qaconv_triton | 2.5 s |")
+    assert _lines(section, "| c |")[0].startswith("| c | qaconv_triton | 500 ms |")
     assert "python -m bench" not in section
+    compiled, _ = _page([_row("compile", "first call", share_of_copy=None)], tmp_path / "compiled")
+    assert "python -m bench static --times" in compiled[compiled.index("### `compile`") :]
 
 
 def test_rows_of_several_runs_say_so(tmp_path: Path) -> None:
