@@ -133,8 +133,10 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     benchmark.extra_info |= {
         "check": check.name,
         "baseline": check.baseline,
-        "baseline_median_s": statistics.median(times[WARM_UP:]),
-        "ratio": statistics.median(theirs / ours for theirs, ours in zip(times[WARM_UP:], own, strict=True)),
+        "baseline_median_s": statistics.median(times[WARM_UP : WARM_UP + len(own)]),
+        "ratio": statistics.median(
+            theirs / ours for theirs, ours in zip(times[WARM_UP : WARM_UP + len(own)], own, strict=True)
+        ),
         "peak_bytes": None if prepared.ours.peak is None else prepared.ours.peak(),
         "tflops": tflops,
         "matmul_tflops": measure.matmul_ceiling(device, prepared.ours.products or check.case.dtype),

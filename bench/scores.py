@@ -200,7 +200,9 @@ def providers(
             function,
             checked,
             note,
-            peak=None if part == "backward" else peak,
+            peak=None
+            if part == "backward" and device.type != "cuda"
+            else peak,  # its process would hold the graph, too
             rounds=SLOW_ROUNDS if name in case.slow else method.rounds,
             flops=flops,
             moved=moved,

@@ -34,6 +34,7 @@ FILL = 0.7  # of the room that is left: what a round is planned to take
 LONGEST = 4096  # of the lists that the kernel selects from; longer ones are for torch
 AT_ONCE = 2**25  # entries that torch selects from
 TRIAL = 2.0**40  # operations of the search by which tiles are compared
+FEW = 2048  # rows or columns that it has at least
 AGAIN = 4096  # rows whose bars were guessed wrong, to be searched for at a time
 
 
@@ -472,23 +473,31 @@ def _tiling(
     shape = 1 << (max(dim, 1).bit_length() - 1), dtype.itemsize
     widest = max(each.tiles["BN"] for each in config.cosine_topk(*shape))
 
+    room, size = _rooms(queries, table, k, widest, workspace_bytes, device, dtype)
+    if keys is None:
+        columns = rows = min(size, len(table), int((TRIAL / max(dim, 1)) ** 0.5))
+    else:
+        columns = min(size, len(table))
+        rows = min(size, len(queries), 1 + int(TRIAL / max(dim * columns, 1)))
+    operations = float(rows) * columns * dim * (1 if keys is None else 2)
+    if min(rows, columns) < FEW:  # as the sample's: too few programs to tell anything
+        operations = 0.0
+
     @cache
     def part() -> tuple[Panel, Panel, Lists]:
-        room, size = _rooms(queries, table, k, widest, workspace_bytes, device, dtype)
-        count = min(size, len(queries), len(table), int((TRIAL / dim) ** 0.5))
-        rows, columns = (next(iter(Panels(each, count, device, dtype).walk([0]))) for each in (queries, table))
-        return rows, rows if keys is None else columns, Lists(count, room, device)
+        left = next(iter(Panels(queries[:rows], rows, device, dtype).walk([0])))
+        right = left if keys is None else next(iter(Panels(table[:columns], columns, device, dtype).walk([0])))
+        return left, right, Lists(rows, room, device)
 
     def run(tiling: config.Config) -> Any:
-        rows, columns, lists = part()
+        left, right, lists = part()
         lists.counts.zero_()
         lists.longest = 0
-        lists.bars.copy_(bars[: len(lists.bars)])
+        lists.bars.copy_(bars[:rows])
         walk = Walk(k, lists.entries.shape[1], tiling, lists.entries[:, :k], lists.bars, None)
-        return walk.rounds(rows, columns, lists, lists if keys is None else None)
+        return walk.rounds(left, right, lists, lists if keys is None else None)
 
-    variant = f"{config.precision()} {'within' if keys is None else 'among'}"
-    operations = float(len(queries)) * len(table) * dim * (1 if keys is None else 2)
+    variant = f"{dtype} {config.precision()} {'within' if keys is None else 'among'}"
     return tuning.choose(config.cosine_topk, shape, variant, operations, run)
 
 

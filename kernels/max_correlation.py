@@ -301,9 +301,22 @@ def _launch_forward(
         )  # fmt: skip
 
     shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())
-    variant = f"{operands['PRECISION']}{' sums' if sums is not None else ''}{'' if index is None else ' of some'}"
+    flags = {
+        "index": index is not None,
+        "order": order is not None,
+        "norms": rnorm.numel() > 0,
+        "sums": sums is not None,
+    }
+    variant = _variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels
     launch(tuning.choose(config.correlation_forward, shape, variant, operations, launch))
+
+
+def _variant(probe: Tensor, gallery: Tensor, flags: list[str]) -> str:
+    """What changes a kernel's code besides its tiles, in words."""
+    precision = config.operands(probe.dtype, gallery.dtype)["PRECISION"]
+    layout = "" if gallery.stride(2) == 1 else "channels first"
+    return " ".join(filter(None, [f"{probe.dtype} {gallery.dtype} {precision}", layout, *flags]))
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -393,7 +406,7 @@ def probe_gradient(
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    launch(_backward_tiling("probe", probe, gallery, grad, launch))
+    launch(_backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch))
     return out
 
 
@@ -507,16 +520,17 @@ def gallery_gradient(
             PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    launch(_backward_tiling("gallery", probe, gallery, grad, launch))
+    launch(_backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, edges is not None, launch))
     return out
 
 
 def _backward_tiling(
-    side: str, probe: Tensor, gallery: Tensor, grad: Tensor, launch: Callable[[config.Config], Any]
-) -> config.Config:
+    side: str, probe: Tensor, gallery: Tensor, grad: Tensor, normalize: bool, indexed: bool,
+    launch: Callable[[config.Config], Any],
+) -> config.Config:  # fmt: skip
     probes, locations, channels = probe.shape
     shape = config.shape_class(locations, channels, max(probe.element_size(), gallery.element_size()))
-    variant = f"{side} {config.operands(probe.dtype, gallery.dtype)['PRECISION']}"
+    variant = _variant(probe, gallery, [side, *(["norms"] if normalize else []), *(["index"] if indexed else [])])
     operations = 2.0 * probes * grad.shape[1] * locations**2 * channels
     return tuning.choose(config.correlation_backward, shape, variant, operations, launch)
 

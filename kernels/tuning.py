@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 import triton
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from .config import INTERPRETED, Config, generation
 
 TUNE_VARIABLE = "QACONV_TRITON_TUNE"
 CACHE_VARIABLE = "QACONV_TRITON_CACHE_DIR"
 WORTH = 2.0**34  # operations of a launch that is tuned for; a smaller one takes what a launch takes anyway
+LONG = 100.0  # milliseconds of a launch that is not repeated for its time
 
 Table = Callable[..., list[Config]]  # a function of config.py
 logger = logging.getLogger(__name__)
 chosen: dict[tuple[object, ...], Config] = {}  # in this process
+one_at_a_time = threading.Lock()  # contests disturb each other's times
 
 
 def is_on() -> bool:
@@ -66,13 +66,15 @@ def choose(
         run: launches it with a configuration, as often as it is called to the same effect, and returns the compiled
             kernel.
     """
-    if operations < WORTH or not is_on():
+    if operations < WORTH or not is_on():  # by size alone, so that a launch takes the same in every run
         return _configs(table, shape, generation())[0]
-    key = (table.__name__, shape, variant)
+    key = (table.__name__, shape, variant, 0 if INTERPRETED else torch.cuda.current_device())
     if key not in chosen:
         if not INTERPRETED and torch.cuda.is_current_stream_capturing():  # which allows no clock
             return _configs(table, shape, generation())[0]
-        chosen[key] = _found(table, shape, variant, run)
+        with one_at_a_time:
+            if key not in chosen:
+                chosen[key] = _found(table, shape, variant, run)
     return chosen[key]
 
 
@@ -86,19 +88,20 @@ def _found(table: Table, shape: tuple[int, ...], variant: str, run: Callable[[Co
     configs = _configs(table, shape, generation())
     question = {
         "table": table.__name__, "shape": shape, "variant": variant, "device": _device_name(),
-        "triton": triton.__version__, "configs": [config._asdict() for config in configs],
+        "triton": triton.__version__, "kernels": _kernels(), "configs": [config._asdict() for config in configs],
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
     path = cache_directory() / f"{table.__name__}-{name}.json"
     known = _read(path, configs)
     if known is not None:
         return known
-    logger.info("tuning %s %s for %s: %d configurations", table.__name__, variant, _device_name(), len(configs))
+    logger.warning(
+        "tuning %s %s %s for this GPU, once; python -m qaconv_triton.warmup does it before training, %s=0 does without",
+        table.__name__, shape, variant, TUNE_VARIABLE,
+    )  # fmt: skip
     started = perf_counter()
-    try:
-        times = contest(configs, run)
-    except torch.OutOfMemoryError as error:  # of the flush, in a training that leaves no memory
-        logger.warning("no memory to tune %s: it runs as shipped (%s)", table.__name__, error)
+    times = contest(configs, run)
+    if not times:
         return configs[0]
     best = min(times, key=lambda number: times[number])
     logger.info("%s: number %d of %s ms, in %.1f s", table.__name__, best, times, perf_counter() - started)
@@ -107,69 +110,95 @@ def _found(table: Table, shape: tuple[int, ...], variant: str, run: Callable[[Co
 
 
 def contest(configs: list[Config], run: Callable[[Config], Any]) -> dict[int, float]:
-    """Milliseconds of each configuration, by its place, of those that the GPU has room for.
+    """Milliseconds of each configuration, by its place, of those that compile and that the GPU has room for.
 
-    One that spills registers to memory takes part only if all do.
-
-    Raises:
-        OutOfResources: there is room for none.
+    One that spills registers to memory takes part only if all do. The shipped one is launched first, as it would be
+    without a contest, and what it raises is raised; whatever is wrong with another costs that one its place only.
     """
-    spills: dict[int, int] = {}
-    for number, config in enumerate(configs):
+    spills = {0: _spilled(run(configs[0]))}
+    for number, config in enumerate(configs[1:], start=1):
         try:
-            spills[number] = getattr(run(config), "n_spills", None) or 0
-        except (OutOfResources, CompilationError, PTXASError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PassManager" not in str(error):  # as a compiler pass fails
-                raise
-            logger.debug("configuration %s: %s", config, error)
-            if number == len(configs) - 1 and not spills:
-                raise
+            spills[number] = _spilled(run(config))
+        except Exception as error:  # no room, no memory, or a compiler that gives up, each version in its own way
+            logger.info("no trial of %s: %s", config, error)
     least = min(spills.values())
-    kept = [number for number, spilled in spills.items() if not spilled or least]
-    return {number: _milliseconds(partial(run, configs[number])) for number in kept}
+    times = {}
+    for number in (number for number, spilled in spills.items() if not spilled or least):
+        try:
+            times[number] = _milliseconds(partial(run, configs[number]))
+        except torch.OutOfMemoryError as error:  # of the flush, in a training that leaves no memory
+            logger.warning("no memory to time %s (%s)", configs[number], error)
+    return times
+
+
+def _spilled(kernel: Any) -> int:
+    return getattr(kernel, "n_spills", None) or 0
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
-    """Median time of a launch: by events, after a flush of the L2 cache."""
-    if not INTERPRETED:
-        return float(triton.testing.do_bench(run, return_mode="median"))
-    started = perf_counter()
-    run()
-    return 1e3 * (perf_counter() - started)
+    """Median time of a launch: by events, after a flush of the L2 cache; of a long one the better of two."""
+    if INTERPRETED:
+        started = perf_counter()
+        run()
+        return 1e3 * (perf_counter() - started)
+    times = []
+    for _ in range(2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times) if min(times) > LONG else float(triton.testing.do_bench(run, return_mode="median"))
 
 
 def cache_directory() -> Path:
     """Where choices are kept: `QACONV_TRITON_CACHE_DIR`, or qaconv_triton in the user's cache directory."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qaconv_triton"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qaconv_triton"
 
 
 def _device_name() -> str:
     return "interpreter" if INTERPRETED else torch.cuda.get_device_name()
 
 
+@cache
+def _kernels() -> str:
+    """What stands for the kernels' source: another source is another contest."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
 def _read(path: Path, configs: list[Config]) -> Config | None:
-    """A choice on disk; None if there is none, or none that can be read, which is then removed."""
+    """A choice on disk; None if there is none that can be read. One that means nothing is removed."""
     try:
         return configs[json.loads(path.read_text(encoding="utf-8"))["best"]]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
+        logger.warning("%s cannot be read: %s", path, error)
+    except (ValueError, LookupError, TypeError) as error:
         logger.warning("%s holds no choice of a configuration (%s): choosing anew", path, error)
         with suppress(OSError):
             path.unlink()
-        return None
+    return None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Put a choice on disk, unless there is one: a file appears whole or not at all."""
+    whole = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-            json.dump(content, file, indent=1)
-        with suppress(FileExistsError):
-            os.link(file.name, path)
-        os.unlink(file.name)
+        whole.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            whole.replace(path)
     except OSError as error:
         logger.warning("the choice of a configuration is for this process only: %s", error)
+    finally:
+        with suppress(OSError):
+            whole.unlink()

@@ -2,16 +2,19 @@
 
     python -m qaconv_triton.warmup --channels 512 --height 7 --width 7 --num-classes 10572 --k-nearest 256
 
-Compiled kernels go to Triton's cache on disk and the fastest configurations to the library's (kernels/tuning.py); a
-training of maps of this size finds both there, whatever its batch size, number of classes or K.
+Compiled kernels go to Triton's cache on disk and the fastest configurations to the library's (kernels/tuning.py): a
+training of maps of this size finds both there. They depend neither on the batch size nor on the number of classes, but
+launches too small to matter take configurations as shipped, and lists of neighbours are selected from in powers of two.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from time import perf_counter
 
 import torch
@@ -66,57 +69,83 @@ def main(arguments: list[str] | None = None) -> None:
     if not ops.uses_triton(device, torch.float32):
         _say(f"Tensors on {device} are not for the Triton kernels: there is nothing to compile or tune.")
         return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar of the warm-up needs tqdm (pip install tqdm)") from error
     from .kernels import tuning
 
-    steps = list(_steps(options, device))
     found = []
-    with tqdm(steps, unit="operation") as progress:
-        for name, step in progress:
-            progress.set_description(name)
-            found.append((name, _seconds(step, device), _seconds(step, device)))
+    for name, step in _with_bar(list(_steps(options, device))):
+        found.append((name, _seconds(step, device), _seconds(step, device)))
     width = max(len(name) for name, *_ in found)
     _say(f"{'':{width}}  first call     again")
     for name, first, again in found:
         _say(f"{name:{width}}  {first:8.2f} s  {1e3 * again:6.1f} ms")
+    for (table, shape, variant, *_), config in tuning.chosen.items():
+        _say(f"{table} {shape} {variant}: {config}")
     if tuning.is_on():
-        for (table, shape, variant), config in tuning.chosen.items():
-            _say(f"{table} {shape} {variant}: {config}")
-        _say(f"Choices are kept in {tuning.cache_directory()}.")
+        kept = f"Choices are kept in {tuning.cache_directory()}."
+        _say(kept if tuning.chosen else "No launch is large enough to be tuned for: kernels run as shipped.")
     else:
-        _say(f"Not tuned: {tuning.TUNE_VARIABLE}={os.environ.get(tuning.TUNE_VARIABLE, '')}, kernels run as shipped.")
+        _say(
+            f"Not tuned ({tuning.TUNE_VARIABLE}={os.environ.get(tuning.TUNE_VARIABLE, '')!r}): kernels run as shipped."
+        )
 
 
 def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """The operations, by name."""
     shape = options.channels, options.height, options.width
     count = _classes(options.num_classes, shape, options.k_nearest, device)
-    matcher = QAConv(*shape, count, options.k_nearest).to(device)
-    features = torch.randn(options.batch_size, *shape, device=device, requires_grad=True)
-    gallery = torch.randn(GALLERY * options.batch_size, *shape, device=device)
-    labels = (torch.arange(options.batch_size, device=device) // INSTANCES) % count
+    with device:
+        matcher = QAConv(*shape, count, options.k_nearest)
+    batches = {options.batch_size}
+    if device.type == "cuda":  # kernels are tuned for on a batch that is large enough, whatever that of the training
+        batches.add(max(options.batch_size, _worth(shape, options.k_nearest)))
 
     def backward(scores: Tensor) -> None:
         torch.autograd.backward(scores, torch.randn_like(scores))
         matcher.zero_grad()
+
+    def calls(size: int) -> dict[str, Callable[[], object]]:
+        features = torch.randn(size, *shape, device=device, requires_grad=True)
+        gallery = torch.randn(GALLERY * size, *shape, device=device)
+        labels = (torch.arange(size, device=device) // INSTANCES) % count
+        return {
+            "class path": lambda: backward(matcher.class_scores(features, labels).values),
+            "all pairs": lambda: backward(matcher(features, "same")),
+            "matching": lambda: matcher.match(features.detach(), gallery),
+            "matching of pairs": lambda: matcher.match_pairs(features.detach(), features.detach()),
+        }
 
     def graph() -> None:
         matcher.on_epoch_start()
         matcher.compute_class_neighbors()
 
     yield "class graph", graph
-    for name in options.dtype:
+    for size, name in product(sorted(batches), options.dtype):
         context = torch.autocast(device.type, DTYPES[name], enabled=name != "float32")
-        for what, call in {
-            "class path": lambda: backward(matcher.class_scores(features, labels).values),
-            "all pairs": lambda: backward(matcher(features, "same")),
-            "matching": lambda: matcher.match(features.detach(), gallery),
-            "matching of pairs": lambda: matcher.match_pairs(features.detach(), features.detach()),
-        }.items():
-            yield f"{what}, {name}", context(call)
+        for what, call in calls(size).items():
+            yield f"{what} of {size}, {name}", context(call)
+
+
+def _worth(shape: tuple[int, int, int], k: int) -> int:
+    """The batch size from which all pairs and the class path are worth tuning for."""
+    from .kernels import tuning
+
+    each = 2.0 * shape[0] * (shape[1] * shape[2]) ** 2  # operations of a pair
+    worth: float = tuning.WORTH
+    return max(math.ceil(worth / (each * k)), math.ceil(math.sqrt(worth / each)))
+
+
+def _with_bar(steps: list[tuple[str, Callable[[], object]]]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The steps behind a progress bar, where there is tqdm."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        _say("(pip install tqdm for a progress bar)")
+        yield from steps
+        return
+    with tqdm(steps, unit="operation") as progress:
+        for name, step in progress:
+            progress.set_description(name)
+            yield name, step
 
 
 def _classes(count: int, shape: tuple[int, ...], k: int, device: torch.device) -> int:

@@ -43,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--benchmark"):
         if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
             raise pytest.UsageError("--benchmark: times of processes beside each other mean nothing, leave -n out")
+        gates = config.getoption("--perf-gate"), config.getoption("--perf-gate-save")
+        if all(gates):
+            raise pytest.UsageError("--perf-gate and --perf-gate-save: a ratio is either checked or saved")
+        if any(gates) and config.getoption("--benchmark-disable", False):
+            raise pytest.UsageError("--perf-gate: with --benchmark-disable there are no times")
         return
     for option in ("--perf-gate", "--perf-gate-save"):
         if config.getoption(option):

@@ -41,7 +41,8 @@ def run(tmp_path: Path) -> Any:
             (tmp_path / "floors.json").write_text(json.dumps({"cpu": {NAME: {"floor": floor}}}))
         command = [sys.executable, "-m", "pytest", "-p", "one_check", "-p", "no:cacheprovider", "tests", *options]
         path = os.pathsep.join([str(tmp_path), str(ROOT)])
-        environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = inherited | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     return pytest_run
@@ -66,8 +67,8 @@ def test_a_check_from_the_command_line_to_the_saved_file(run: Any, tmp_path: Pat
     assert row["stats"]["rounds"] == 3
     assert info["check"] == NAME
     assert info["baseline"] == scores.TUNED
-    assert info["ratio"] == pytest.approx(info["baseline_median_s"] / row["stats"]["median"], rel=3)
-    assert min(info["ratio"], info["peak_bytes"] + 1, info["tflops"], info["matmul_tflops"], info["copy_gbs"]) > 0
+    assert min(info["ratio"], info["tflops"], info["matmul_tflops"], info["copy_gbs"]) > 0
+    assert info["peak_bytes"] >= 0
     assert info["tflops"] == pytest.approx(2 * 5 * 7 * 36 * 16 / row["stats"]["median"] / 1e12)
     again = run(*only_perf(storage, "--benchmark-compare"), floor=1e-6)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -112,6 +113,8 @@ def test_without_the_option_perf_checks_are_skipped(run: Any) -> None:
         (["--perf-gate"], "pytest --benchmark --perf-gate"),
         (["--perf-gate-save"], "pytest --benchmark --perf-gate-save"),
         (["--benchmark", "-n", "2"], "leave -n out"),
+        (["--benchmark", "--perf-gate", "--perf-gate-save"], "either checked or saved"),
+        (["--benchmark", "--perf-gate", "--benchmark-disable"], "there are no times"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(run: Any, options: list[str], said: str) -> None:
@@ -167,8 +170,10 @@ def test_the_clock_goes_on_by_what_a_call_took(monkeypatch: pytest.MonkeyPatch) 
 def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
+    own = [0.5, 2.0]
+
     class Fixture:
-        stats = None
+        stats = SimpleNamespace(stats=SimpleNamespace(data=own))
         extra_info: dict[str, Any] = {}  # noqa: RUF012
 
         def pedantic(self, target: Any, setup: Any, rounds: int, warmup_rounds: int) -> None:
@@ -177,10 +182,15 @@ def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
                 target()
 
     def provider(name: str) -> SimpleNamespace:
-        return SimpleNamespace(function=lambda: calls.append(name))
+        return SimpleNamespace(function=lambda: calls.append(name), peak=lambda: 7, products=None)
 
+    monkeypatch.setattr(checks, "_watch", lambda device: lambda function: (function(), 3.0)[1])
     prepared = checks.Prepared(provider("ours"), provider("theirs"), 1.0)  # type: ignore[arg-type]
     monkeypatch.setattr(checks, "prepare", lambda check, device: prepared)
     case = Case((5, 7, 16, 3, 2), repeats=2)
-    checks.run(checks.Check("inference", "pairs", case, "match", scores.TUNED), Fixture(), CPU)
+    fixture = Fixture()
+    checks.run(checks.Check("inference", "pairs", case, "match", scores.TUNED), fixture, CPU)
     assert calls == ["theirs", "ours"] * (2 + checks.WARM_UP)
+    assert fixture.extra_info["ratio"] == (3.0 / 0.5 + 3.0 / 2.0) / 2
+    assert fixture.extra_info["baseline_median_s"] == 3.0
+    assert fixture.extra_info["peak_bytes"] == 7

@@ -21,7 +21,7 @@ from qaconv_triton.kernels import config
 pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
-from qaconv_triton.kernels import tuning
+from qaconv_triton.kernels import cosine_topk, tuning
 from qaconv_triton.kernels.config import Config
 
 ARCHITECTURES = (80, 86, 89, 90, 100, config.AMD)
@@ -135,8 +135,8 @@ def test_what_spills_or_finds_no_room_takes_no_part(tunable: Path) -> None:
     assert tuning.contest(CONFIGS, Launches({2: 8}, too_large=(3,))) == {0: 9.0, 1: 8.0}
     every = dict.fromkeys(range(4), 8)
     assert set(tuning.contest(CONFIGS, Launches(every))) == {0, 1, 2, 3}  # all spill: the clock decides
-    with pytest.raises(OutOfResources):
-        tuning.contest(CONFIGS, Launches(too_large=(0, 1, 2, 3)))
+    with pytest.raises(OutOfResources):  # as without a contest
+        tuning.contest(CONFIGS, Launches(too_large=(0,)))
 
 
 def test_without_memory_to_tune_the_shipped_one_runs(
@@ -147,7 +147,7 @@ def test_without_memory_to_tune_the_shipped_one_runs(
 
     monkeypatch.setattr(tuning, "_milliseconds", full)
     assert choose(Launches()) == 0
-    assert "no memory to tune table" in caplog.text
+    assert "no memory to time" in caplog.text
     assert list(tunable.iterdir()) == []
 
 
@@ -227,7 +227,8 @@ def test_tuned_matching_is_right(
     """Every configuration runs on the real buffers, one after the other: what is left in them is right."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
     monkeypatch.setattr(tuning, "WORTH", 0.0)
-    monkeypatch.setattr(tuning, "_milliseconds", lambda run: float(run() is None) - run.args[0].num_warps)
+    tried = []
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: (run(), tried.append(run.args[0]), -float(len(tried)))[-1])
     size = (5, 4)
     probe, gallery = (torch.randn(count, 40, *size, device=device, requires_grad=True) for count in (2, 4))
     index = torch.tensor([[0, 2], [3, 2]], device=device) if indexed else None
@@ -241,6 +242,8 @@ def test_tuned_matching_is_right(
         assert_gradients(got, expected, torch.float32)
     assert {name for name, *_ in tuning.chosen} == {"correlation_forward", "correlation_backward"}
     assert len(tuning.chosen) == 3  # one for each gradient
+    shipped = [config.correlation_forward(20, 40, 4, 4)[0], config.correlation_backward(20, 40, 4)[0]]
+    assert not set(map(str, tuning.chosen.values())) & set(map(str, shipped))  # the last to be tried has won
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -261,14 +264,44 @@ def test_a_tuned_search_is_right(
     shipped = search()
     monkeypatch.setenv(tuning.TUNE_VARIABLE, "1")
     monkeypatch.setattr(tuning, "WORTH", 0.0)
+    monkeypatch.setattr(cosine_topk, "FEW", 0)
     tried = []
     monkeypatch.setattr(tuning, "_milliseconds", lambda run: (run(), tried.append(run.args[0]), -float(len(tried)))[-1])
     tuned = search()
     assert len(tried) >= 3
-    variants = {variant.split()[-1] for _, _, variant in tuning.chosen}
+    variants = {variant.split()[-1] for _, _, variant, _ in tuning.chosen}
     assert variants == ({"within", "among"} if same else {"among"})  # a graph's first bars come from a sample
     for left, right in zip(shipped, tuned, strict=True):
         assert torch.equal(left, right) if left.dtype == torch.int64 else torch.allclose(left, right, atol=1e-6)
+
+
+def test_keys_part_kernels_and_hold_no_batch_size(
+    tunable: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    seen: set[tuple[object, ...]] = set()
+
+    def choose(row: tuning.Table, shape: tuple[int, ...], variant: str, operations: float, run: object) -> Config:
+        seen.add((row.__name__, shape, variant))
+        return row(*shape)[0]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+
+    def keys(
+        probe: torch.dtype, gallery: torch.dtype, batch: int, count: int, k: int | None
+    ) -> set[tuple[object, ...]]:
+        seen.clear()
+        maps = [torch.randn(n, 8, 3, 2, device=device).to(d) for n, d in ((batch, probe), (count, gallery))]
+        index = None if k is None else torch.randint(count, (batch, k), device=device)
+        pooled = functional.max_correlation(*(each.requires_grad_() for each in maps), index)
+        pooled.sum().backward()
+        return set(seen)
+
+    full, half = torch.float32, torch.bfloat16
+    assert len(keys(full, full, 3, 4, 2)) == 3
+    assert keys(full, full, 3, 4, 2) == keys(full, full, 1, 9, 5)
+    kinds = [keys(*dtypes, 3, 4, k) for dtypes in ((full, full), (half, half)) for k in (2, None)]
+    assert len(set.union(*kinds)) == sum(map(len, kinds))
 
 
 MODEL = ["--channels", "16", "--height", "3", "--width", "2", "--num-classes", "20", "--k-nearest", "5"]
@@ -286,11 +319,11 @@ def test_the_warm_up_runs_everything_and_reports(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     for name in ("class graph", "class path", "all pairs", "matching", "matching of pairs"):
         assert f"{name}" in run.stdout
-    assert f"Choices are kept in {tmp_path}." in run.stdout
+    assert "No launch is large enough to be tuned for" in run.stdout
     assert "5/5" in run.stderr  # the progress bar
     pinned = run_warmup("--device", "cpu", "--dtype", "float32", QACONV_TRITON_TUNE="0", **interpreted)
     assert pinned.returncode == 0, pinned.stderr
-    assert "QACONV_TRITON_TUNE=0, kernels run as shipped" in pinned.stdout
+    assert "(QACONV_TRITON_TUNE='0'): kernels run as shipped" in pinned.stdout
 
 
 def test_the_warm_up_has_nothing_to_do_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
