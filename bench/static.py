@@ -147,6 +147,28 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
             def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=False)
 
+            none = torch.empty(0, device="meta")
+            of_pairs = (argmax, none, probe, gallery)  # prepared maps: no norms
+            sums = torch.empty(batch, neighbors, device="meta")
+
+            def pairs_to_probe(args=(pooled, *of_pairs, None, None)):  # type: ignore[no-untyped-def]
+                return max_correlation.probe_gradient(*args)
+
+            def pairs_to_gallery(args=(pooled, pooled, *of_pairs, None)):  # type: ignore[no-untyped-def]
+                return max_correlation.gallery_gradient(*args, compact=False)
+
+            def sparse(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
+                return max_correlation.gallery_gradient(*args, compact=True)
+
+            def scores(args=(probe, table, index, group, edges, rnorm), weight=weight, sums=sums):  # type: ignore[no-untyped-def]
+                return max_correlation._launch_forward(*args, weight=weight, sums=sums)
+
+            if locations == 49 and dtype == table_dtype:
+                yield Case(f"all pairs probe gradient {shape}", max_correlation, pairs_to_probe)
+                yield Case(f"all pairs gallery gradient {shape}", max_correlation, pairs_to_gallery)
+            if locations == 49 and dtype != torch.float16:
+                yield Case(f"class path scores alone {shape}", max_correlation, scores)
+                yield Case(f"sparse gallery gradient {shape}", max_correlation, sparse)
             yield Case(f"norms {shape}", max_correlation, norms)
             yield Case(f"class path forward {shape}", max_correlation, forward)
             if dtype == table_dtype:
@@ -182,7 +204,11 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
         def select(lists=lists):  # type: ignore[no-untyped-def]
             return lists.cut(neighbors)
 
+        def replay(lists=lists):  # type: ignore[no-untyped-def]
+            return lists.undo(neighbors, lists.counts.clone())
+
         yield Case(f"selection of {length}", cosine_topk, select)
+        yield Case(f"replay of {length}", cosine_topk, replay)
     for k_nearest in (20, 256):
         entries = torch.empty(classes, k_nearest, dtype=torch.int64, device=meta)
 

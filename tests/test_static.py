@@ -29,9 +29,11 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 52
+LAUNCHES = 64
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
+# bytes that are known to spill, of a launch in eval mode
+KNOWN_SPILLS = {(arch, "class path scores alone C=512 S=49 bf16"): 8 for arch in ("sm_86", "sm_89")}
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -74,6 +76,14 @@ def products(shipped: Reports) -> Reports:
     return [each for each in shipped if each.kernel in PRODUCTS]
 
 
+def _without_a_table(so: str = "") -> None:
+    """Skip, but for the version of Triton that this project is tested with: that one has a table."""
+    pinned = Path(__file__).parents[1].joinpath("constraints.txt").read_text(encoding="utf-8")
+    assert f"triton=={triton.__version__}\n" not in pinned, "no table: python -m bench static --save"
+    kept = sorted(path.name for path in static.TABLES.parent.glob("triton-*"))
+    pytest.skip(f"no table of Triton {triton.__version__}{so}: there are {', '.join(kept)}")
+
+
 def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
     assert {each.kernel for each in shipped} == {*PRODUCTS, *OTHERS}
     assert len(shipped) == LAUNCHES
@@ -81,11 +91,14 @@ def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
         assert "does not compile" not in each.verdict, each
         assert 0 < each.shared <= SHARED_LIMIT[each.arch], each
         assert 0 < each.registers * each.threads <= REGISTERS["gfx" if "gfx" in each.arch else "sm"], each
-        assert each.registers <= 512 if "gfx" in each.arch else 255, each
+        assert each.registers <= (512 if "gfx" in each.arch else 255), each
 
 
-def test_no_spills(shipped: Reports) -> None:
-    assert [each for each in shipped if each.stack or each.local or each.verdict != "kept"] == []
+def test_no_spills(shipped: Reports, arch: str) -> None:
+    if not static.committed(arch):
+        _without_a_table(", where tuning leaves out what spills")
+    spilled = {(arch, each.case): each.stack for each in shipped if each.stack or each.local or each.verdict != "kept"}
+    assert spilled == {key: size for key, size in KNOWN_SPILLS.items() if key[0] == arch}
 
 
 def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
@@ -95,22 +108,24 @@ def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
         assert any(f" {name}" in f" {each.tensor_core}" for name in names), each
 
 
-def test_maps_are_loaded_sixteen_bytes_at_a_time(shipped: Reports, products: Reports, arch: str) -> None:
+def test_forward_and_search_load_sixteen_bytes_at_a_time(shipped: Reports, products: Reports, arch: str) -> None:
+    """Gradients read maps so, too, but pooled values and locations beside them in smaller pieces."""
     for each in products:
         if arch == "gfx942":  # where maps pass through registers on their way to shared memory
             assert each.widest_load == 128, each
         else:
             assert each.async_copies, each
-            if "forward" in each.case or "match" in each.case or each.kernel == "_append_kernel":
+            if each.kernel in ("_forward_kernel", "_append_kernel"):
                 assert each.narrowest_async_copy in (0, 128), each
+            else:
+                assert each.narrowest_async_copy >= 32, each
     assert all(each.widest_load == 128 for each in shipped if each.kernel == "_norms_kernel")
 
 
 def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) -> None:
     table = static.committed(arch)
     if not table:
-        kept = sorted(path.name for path in static.TABLES.parent.glob("triton-*"))
-        pytest.skip(f"no table of Triton {triton.__version__}: there are {', '.join(kept)}")
+        _without_a_table()
     if arch != WITH_OTHERS:
         table = [line for line in table if line["configurations"] == "shipped"]
     told = static.differences(table, [static.line(each) for each in compiled if each.arch == arch])
