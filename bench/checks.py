@@ -75,10 +75,8 @@ def prepare(check: Check, device: torch.device) -> Prepared:
     """
     case = check.case._replace(only=(scores.OURS, check.baseline))
     if isinstance(case, graph.Case):
-        found, flops = (
-            list(graph.providers(case, graph.table(case, device))),
-            graph.work(case)[0],
-        )
+        found = list(graph.providers(case, graph.table(case, device)))
+        flops = graph.work(case)[0]
     else:
         problem, true = build(check.op, case, device), cache(truth)
         found = list(scores.providers(check.op, case, check.part, problem, true))
@@ -128,15 +126,14 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     if benchmark.stats is None:  # --benchmark-disable
         return
     own = benchmark.stats.stats.data
+    theirs = times[WARM_UP : WARM_UP + len(own)]
     around = measure.environment(device)
     tflops = 1e-12 * prepared.flops / statistics.median(own)
     benchmark.extra_info |= {
         "check": check.name,
         "baseline": check.baseline,
-        "baseline_median_s": statistics.median(times[WARM_UP : WARM_UP + len(own)]),
-        "ratio": statistics.median(
-            theirs / ours for theirs, ours in zip(times[WARM_UP : WARM_UP + len(own)], own, strict=True)
-        ),
+        "baseline_median_s": statistics.median(theirs),
+        "ratio": statistics.median(their / ours for their, ours in zip(theirs, own, strict=True)),
         "peak_bytes": None if prepared.ours.peak is None else prepared.ours.peak(),
         "tflops": tflops,
         "matmul_tflops": measure.matmul_ceiling(device, prepared.ours.products or check.case.dtype),
@@ -150,15 +147,19 @@ def machine(device: torch.device) -> str:
     return "cpu" if device.type != "cuda" else table.slug(torch.cuda.get_device_name(device))
 
 
+def _committed() -> dict[str, dict[str, Any]]:
+    """What floors.json holds: entries by machine and check."""
+    return json.loads(FLOORS.read_text(encoding="utf-8")) if FLOORS.exists() else {}
+
+
 def floors(device: torch.device) -> dict[str, float]:
     """The committed ratios of a machine, by the checks' names."""
-    known = json.loads(FLOORS.read_text(encoding="utf-8")) if FLOORS.exists() else {}
-    return {name: entry["floor"] for name, entry in known.get(machine(device), {}).items()}
+    return {name: entry["floor"] for name, entry in _committed().get(machine(device), {}).items()}
 
 
 def save_floors(found: list[dict[str, Any]], device: torch.device) -> None:
     """Make the ratios just measured, less some slack, the floors of their checks."""
-    known = json.loads(FLOORS.read_text(encoding="utf-8")) if FLOORS.exists() else {}
+    known = _committed()
     own = known.setdefault(machine(device), {})
     for info in found:
         own[info["check"]] = {
