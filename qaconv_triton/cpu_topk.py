@@ -22,7 +22,7 @@ from .cpu import accumulation_dtype
 from .kernels import bars as guessing
 from .kernels.panels import Progress, with_norms
 
-TILE = 512  # rows and columns of a product, always, so that BLAS sums all of them in the same order
+TILE = 512  # rows and columns of a product
 HEIGHT, WIDTH = 1024, 2048  # of a block: powers of two, at least TILE
 GROUP = 4  # rows whose maximum is compared first, when columns are looked at
 CUT = 256  # lists that are cut at a time
@@ -76,7 +76,7 @@ def _by_sorting(
     ids = queries.new_empty(queries.shape[0], k, dtype=torch.int64)
     strip = min(len(queries), max(2, workspace_bytes // (32 * len(table))))
     for start in range(0, len(queries), max(strip, 1)):
-        first = min(start, len(queries) - strip)  # strips of one size, for one order of summing
+        first = min(start, len(queries) - strip)  # strips of one size, as the tiles below
         rows = slice(first, first + strip)
         similarity = reference.normalize(queries[rows].to(dtype)) @ table.mT
         if keys is None:
@@ -306,14 +306,18 @@ class _Search:
 
 
 def _tile(span: slice, offset: int, count: int) -> tuple[int, slice]:
-    """TILE rows from `span.start + offset` on; the last tile of `count` begins earlier, by how much comes first."""
+    """TILE rows from `span.start + offset` on; the last tile of `count` begins earlier, by how much comes first.
+
+    Most BLAS sum every element of a product of full tiles in the same order, and equal vectors then have equal
+    similarities. None promises it, and no result depends on it.
+    """
     start = span.start + offset
     known = min(start, max(0, start + TILE - count))
     return known, slice(start - known, min(start - known + TILE, count))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.mT` with each element summed as in any larger product: BLAS has another order for one row."""
+    """`left @ right.mT`, of two rows at least: one row is a matrix-vector product, with sums in an order of its own."""
     twice = [torch.cat([part, part]) if len(part) == 1 else part for part in (left, right)]
     return (twice[0] @ twice[1].mT)[: len(left), : len(right)]
 

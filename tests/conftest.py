@@ -21,16 +21,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels' decorator reads it
 
+import sum_orders
+
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"torch {torch.__version__}, kernels {kernels}, device {name}"
+    sums = "mixed" if config.getoption("--mixed-sums") else f"{torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {torch.__version__}, kernels {kernels}, device {name}, sums {sums}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mixed-sums", action="store_true", help="Sum products in another order at every place: see sum_orders.py."
+    )
     group = parser.getgroup("performance")
     group.addoption("--benchmark", action="store_true", help="Run the perf checks, and nothing else.")
     group.addoption(
@@ -39,7 +45,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--perf-gate-save", action="store_true", help="Write the ratios just measured to be committed.")
 
 
+def speed_up_interpreter() -> None:
+    """Replace `tl` once for a module's device functions: the interpreter does it at each call, 40% of its time."""
+    from triton.runtime import interpreter
+
+    replaced = set()
+
+    def call(self: interpreter.InterpretedFunction, *args: object, **named: object) -> object:
+        module = self.fn.__module__
+        if module not in replaced:
+            interpreter._patch_lang(self.fn)
+            replaced.add(module)
+        return self.rewrite()(*args, **named)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        speed_up_interpreter()
     if config.getoption("--benchmark"):
         if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
             raise pytest.UsageError("--benchmark: times of processes beside each other mean nothing, leave -n out")
@@ -53,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption(option):
             raise pytest.UsageError(f"{option} is about the perf checks: pytest --benchmark {option}")
     os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see what is shipped
+    if config.getoption("--mixed-sums"):
+        sum_orders.mix_orders()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

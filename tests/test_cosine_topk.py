@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from exact import by_falling_similarity, exact_cosines, exact_vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from tolerances import TOLERANCES, assert_values
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,14 +20,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(
-    queries: Tensor, keys: Tensor, k: int, exclude_self: bool, values: Tensor, indices: Tensor, decided: float = 0.9
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    exclude_self: bool,
+    values: Tensor,
+    indices: Tensor,
+    decided: float = 0.9,
+    rounding: float | None = None,
 ) -> None:
     """Hold a result against fp64: half precision rounds the inputs, which are given, and not the sums.
 
     `decided`: at least this share of positions must be far enough from its neighbours to have only one right answer.
+    `rounding`: what similarities may be off by where the search has cast the inputs.
     """
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    rounding = TOLERANCES[dtype].value
+    rounding = rounding or TOLERANCES[dtype].value
     assert values.shape == indices.shape == (queries.shape[0], k)
     assert values.dtype == dtype
     assert indices.dtype == torch.int64
@@ -74,11 +84,15 @@ def table(count: int, dim: int, device: torch.device, dtype: torch.dtype = torch
 # --- against the truth
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [3, 7, 33, 512])
-@pytest.mark.parametrize(("count", "k"), [(2, 1), (5, 1), (5, 4), (17, 16), (64, 5), (65, 64), (130, 20), (257, 3)])
-def test_class_neighbors(count: int, k: int, dim: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "dim", "dtype"),
+    pairwise([(2, 1), (5, 1), (5, 4), (17, 16), (64, 5), (65, 64), (130, 20), (257, 3)], [3, 7, 33, 512], DTYPES),
+)
+def test_class_neighbors(
+    sizes: tuple[int, int], dim: int, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
     """K=1, K=N-1, and sizes on and off the tiles'."""
+    count, k = sizes
     embeddings = table(count, dim, device, dtype)
     values, indices = functional.class_neighbors(embeddings, k, return_similarities=True)
     check(embeddings, embeddings, k, True, values, indices, decided=0.9 if dim > 3 else 0.5)
@@ -136,43 +150,28 @@ def test_k_beyond_what_a_kernel_selects_from(backend: str, device: torch.device)
 # --- ties and zeros
 
 
-def neighbors_of_kinds(kinds: Tensor, similarity: Tensor, k: int, exclude_self: bool) -> list[list[int]]:
-    """What must come out where embedding n is vector number `kinds[n]`: falling, equal kinds by rising id."""
-    count = len(kinds)
-    kinds, similarity = kinds.cpu(), similarity.cpu()
-    rows = similarity[kinds][:, kinds].tolist()
-    return [
-        sorted((m for m in range(count) if not (exclude_self and m == n)), key=lambda m: (-rows[n][m], m))[:k]
-        for n in range(count)
-    ]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize("dim", [3, 33, 512])
-@pytest.mark.parametrize(("count", "k"), [(6, 3), (17, 16), (67, 5), (150, 40)])
+@pytest.mark.parametrize(
+    ("count", "k", "dim", "exclude_self"),
+    [(6, 3, 3, False), (17, 16, 33, True), (67, 5, 512, True), (67, 67, 33, False), (150, 40, 3, True)],
+)
 def test_duplicates(
     count: int, k: int, dim: int, exclude_self: bool, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
     """Five vectors, many times each: coinciding classes are each other's neighbours, by rising id."""
-    vectors = table(5, dim, device, dtype)
-    kinds = torch.randint(5, (count,), device=device)
-    similarity = reference.normalize(vectors.double()) @ reference.normalize(vectors.double()).mT
-    similarity = similarity.triu() + similarity.triu(1).mT
-    indices = search(vectors[kinds], k, exclude_self)[1]
-    assert indices.tolist() == neighbors_of_kinds(kinds, similarity, k, exclude_self)
+    embeddings = exact_vectors(5, dim)[torch.randint(5, (count,))].to(device, dtype)
+    values, indices = search(embeddings, k, exclude_self)
+    similarity = exact_cosines(embeddings, embeddings)
+    assert torch.equal(indices, by_falling_similarity(similarity, k, exclude_self))
+    assert torch.equal(values, similarity.gather(1, indices).float())
 
 
-@pytest.mark.parametrize("count", [17, 67, 513, 1031])
-@pytest.mark.parametrize("dim", [7, 64, 512])
+@pytest.mark.parametrize(("count", "dim"), [(17, 512), (67, 64), (513, 7), (1031, 64)])
 def test_one_query_orders_duplicates_by_id(count: int, dim: int, backend: str, device: torch.device) -> None:
-    """To a BLAS one query, or a last strip of one, is a matrix-vector product, which may sum some keys otherwise."""
-    vectors = table(4, dim, device)
-    kinds = torch.randint(4, (count,), device=device)
-    query = vectors[:1]
-    similarity = F.cosine_similarity(query.double(), vectors.double()).tolist()
-    expected = sorted(range(count), key=lambda n: (-similarity[kinds[n]], n))
-    assert functional.topk_cosine(query, vectors[kinds], count)[1][0].tolist() == expected
+    """To a BLAS one query, or a last strip of one, is a matrix-vector product."""
+    keys = exact_vectors(4, dim)[torch.randint(4, (count,))].to(device)
+    indices = functional.topk_cosine(keys[:1], keys, count)[1]
+    assert torch.equal(indices, by_falling_similarity(exact_cosines(keys[:1], keys), count))
 
 
 @pytest.mark.parametrize("k", [1, 7, 99])
@@ -238,12 +237,11 @@ def test_properties(drawn: tuple[int, int, int, int], data: st.DataObject, backe
 def test_maps_of_any_layout(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """`[N, C, H, W]`, contiguous, channels-last or neither: the same neighbours as the flattened ones."""
     flat = table(40, 3 * 4 * 5, device, dtype)
-    expected = functional.class_neighbors(flat, 6)
     maps = flat.view(40, 3, 4, 5)
     channels_last = maps.contiguous(memory_format=torch.channels_last)
     wide = torch.cat([maps, maps], 3)[..., :5]
     for laid_out in (maps, channels_last, wide, maps.mT.contiguous().mT):
-        assert torch.equal(functional.class_neighbors(laid_out, 6), expected)
+        check(flat, flat, 6, True, *functional.class_neighbors(laid_out, 6, return_similarities=True))
         for other in (maps, channels_last, wide):
             values, indices = functional.topk_cosine(laid_out[3:20], other, 5)
             check(flat[3:20], flat, 5, False, values, indices)
@@ -262,7 +260,6 @@ def test_non_contiguous_rows(backend: str, device: torch.device) -> None:
     for embeddings in (wide[::2, 3:12], wide.mT[:, :33], wide[:1].expand(5, -1)):
         values, indices = functional.topk_cosine(embeddings, embeddings, 4)
         check(embeddings, embeddings, 4, False, values, indices, decided=0.0)
-        assert torch.equal(indices, functional.topk_cosine(embeddings.contiguous(), embeddings.contiguous(), 4)[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (0, 2, 3, 4)])
@@ -338,9 +335,10 @@ def test_nan_beside_ties(k: int, backend: str, device: torch.device) -> None:
 # --- errors
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(9, 6), (9, 2, 3, 1)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "value"),
+    pairwise([(9, 6), (9, 2, 3, 1)], [*DTYPES, torch.float64], [torch.nan, torch.inf, -torch.inf]),
+)
 def test_not_finite_classes_are_named(
     shape: tuple[int, ...], dtype: torch.dtype, value: float, backend: str, device: torch.device
 ) -> None:

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exact import exact_cosines, exact_vectors
+from pairwise import pairwise
 from tolerances import assert_gradients, assert_values
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ SIZES = {1: (1, 1), 6: (2, 3), 17: (17, 1), 49: (7, 7), 192: (24, 8), 196: (14, 
 SIZES |= {260: (20, 13), 1024: (32, 32)}
 INDEX = [[2, 0, 2], [1, 2, 0]]  # a class twice in one row, and in both rows
 HALF = [torch.bfloat16, torch.float16]
+EITHER = [False, True]
 # How far apart two correlations are when rounding cannot swap them, given the coarser of the two operands' dtypes
 # if the other is finer (one operand is rounded), or equal ones (only sums are).
 UNROUNDED, ROUNDED = 1e-5, {torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -149,10 +152,9 @@ def check(
 # --- values and gradients
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize("channels", [3, 7, 16, 33, 512])
-@pytest.mark.parametrize("locations", [1, 6, 17, 49])
+@pytest.mark.parametrize(
+    ("locations", "channels", "indexed", "normalize"), pairwise([1, 6, 17, 49], [3, 7, 16, 33, 512], EITHER, EITHER)
+)
 def test_small_maps(
     locations: int, channels: int, indexed: bool, normalize: bool, backend: str, device: torch.device
 ) -> None:
@@ -195,11 +197,10 @@ def test_large_maps(
     check(probe, gallery, index, normalize=normalize)
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize("channels", [7, 33, 512])
-@pytest.mark.parametrize("locations", [6, 49])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "locations", "channels", "indexed", "normalize"),
+    pairwise(HALF, [6, 49], [7, 33, 512], EITHER, EITHER),
+)
 def test_half_precision_rounds_inputs_only(
     dtype: torch.dtype,
     locations: int,
@@ -226,28 +227,29 @@ def test_fp64(locations: int, channels: int, indexed: bool, normalize: bool, dev
     check(probe, gallery, index, normalize=normalize)
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
 @pytest.mark.parametrize(
-    ("dtype", "gallery_dtype"),
-    [
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.bfloat16, torch.float16),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float16),
-    ],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
+    ("dtypes", "indexed", "normalize"),
+    pairwise(
+        [
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.bfloat16, torch.float16),
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float16),
+        ],
+        EITHER,
+        EITHER,
+    ),
 )
 def test_mixed_dtypes(
-    dtype: torch.dtype,
-    gallery_dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     indexed: bool,
     normalize: bool,
     backend: str,
     device: torch.device,
 ) -> None:
     """The class table stays in its own dtype; the correlation, and what it rounds to, is the probe's."""
+    dtype, gallery_dtype = dtypes
     probe, gallery, index = make_case(
         (3, 5), 64, device, indexed=indexed, normalize=normalize, dtype=dtype, gallery_dtype=gallery_dtype
     )
@@ -384,7 +386,7 @@ def test_sparse_gradient(normalize: bool, dtype: torch.dtype, backend: str, devi
     assert sparse.is_coalesced()
     assert sparse.indices().tolist() == [[2, 7, 11]]
     assert sparse.values().shape == (3, 7, 2, 3)
-    assert torch.equal(sparse.to_dense(), dense)
+    assert_gradients(sparse.to_dense(), dense, torch.float32)
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
@@ -397,29 +399,28 @@ def test_sparse_gradient_of_a_table_that_would_fill_no_memory(
     probe = make_probe(2, 3, (2, 3), device)
     index = torch.tensor([[2**39, 5], [2**40 - 1, 5]], device=device)
     pooled = ops.max_correlation(probe, table, index, None, normalize, True)[0]
-    assert torch.equal(pooled[:, 0], pooled[:, 1])
+    assert_values(pooled[:, 0], pooled[:, 1], torch.float32)
     gradient = torch.autograd.grad(pooled, table, torch.ones_like(pooled))[0]
     assert gradient.shape == table.shape
     assert gradient.indices().tolist() == [[5, 2**39, 2**40 - 1]]
     small = one.expand(3, -1, -1, -1).clone().requires_grad_()
     pooled = ops.max_correlation(probe, small, torch.tensor([[1, 0], [2, 0]], device=device), None, normalize, False)[0]
-    assert torch.equal(gradient.values(), torch.autograd.grad(pooled, small, torch.ones_like(pooled))[0])
+    of_few = torch.autograd.grad(pooled, small, torch.ones_like(pooled))[0]
+    assert_gradients(gradient.values(), of_few, torch.float32)
 
 
-@pytest.mark.parametrize("sparse_grad", [False, True])
 @pytest.mark.parametrize(
-    ("probes", "classes", "neighbors"), [(0, 3, None), (2, 0, None), (0, 0, None), (0, 3, 2), (2, 3, 0), (0, 3, 0)]
+    ("sizes", "sparse_grad", "normalize"),
+    pairwise([(0, 3, None), (2, 0, None), (0, 0, None), (0, 3, 2), (2, 3, 0), (0, 3, 0)], EITHER, EITHER),
 )
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
 def test_empty(
-    probes: int,
-    classes: int,
-    neighbors: int | None,
+    sizes: tuple[int, int, int | None],
     normalize: bool,
     sparse_grad: bool,
     backend: str,
     device: torch.device,
 ) -> None:
+    probes, classes, neighbors = sizes
     probe = make_probe(probes, 7, (2, 3), device).requires_grad_()
     gallery = make_maps(classes, 7, (2, 3), device).requires_grad_()
     index = None if neighbors is None else torch.zeros(probes, neighbors, dtype=torch.int64, device=device)
@@ -454,9 +455,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize("gallery_layout", LAYOUTS)
-@pytest.mark.parametrize("probe_layout", LAYOUTS)
+@pytest.mark.parametrize(("probe_layout", "gallery_layout", "indexed"), pairwise(list(LAYOUTS), list(LAYOUTS), EITHER))
 def test_layouts(probe_layout: str, gallery_layout: str, indexed: bool, backend: str, device: torch.device) -> None:
     probe, gallery, index = make_case((2, 3), 7, device, indexed=indexed, normalize=True)
     laid_probe, laid_gallery = LAYOUTS[probe_layout](probe), LAYOUTS[gallery_layout](gallery)
@@ -514,13 +513,14 @@ def lowest_matches(probe_ids: Tensor, gallery_ids: Tensor, corr_of_ids: Tensor, 
     return torch.cat(lowest, -1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize(("locations", "channels"), [(6, 3), (17, 512), (49, 7), (49, 33), (192, 16), (260, 3)])
+@pytest.mark.parametrize(
+    ("sizes", "indexed", "normalize", "dtype"),
+    pairwise(
+        [(6, 3), (17, 512), (49, 7), (49, 33), (192, 16), (260, 3)], EITHER, EITHER, [torch.float32, torch.bfloat16]
+    ),
+)
 def test_repeated_locations_go_to_the_lowest(
-    locations: int,
-    channels: int,
+    sizes: tuple[int, int],
     indexed: bool,
     normalize: bool,
     dtype: torch.dtype,
@@ -528,16 +528,18 @@ def test_repeated_locations_go_to_the_lowest(
     device: torch.device,
 ) -> None:
     """Vectors that occur at several locations of a map, near each other and in different tiles."""
-    kinds = 5
-    vectors = F.normalize(torch.randn(kinds, channels, device=device), dim=1).to(dtype)
+    (locations, channels), kinds = sizes, 5
+    vectors = exact_vectors(kinds, channels).to(device, dtype)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
     probe_ids, gallery_ids = (torch.randint(kinds, (count, locations), device=device) for count in (2, 3))
-    probe, gallery = (vectors[ids].mT.reshape(-1, channels, *SIZES[locations]) for ids in (probe_ids, gallery_ids))
+    probe, gallery = (
+        kept[ids].mT.reshape(-1, channels, *SIZES[locations])
+        for kept, ids in ((unit, probe_ids), (vectors if normalize else unit, gallery_ids))
+    )
     index = torch.tensor([[2, 0], [1, 1]], device=device) if indexed else None
     argmax = ops.max_correlation(probe, gallery, index, None, normalize, False)[1]
-    corr_of_ids = vectors.double() @ vectors.double().mT
-    if normalize:
-        corr_of_ids /= vectors.double().norm(dim=1)[:, None]
-    assert torch.equal(argmax.long(), lowest_matches(probe_ids, gallery_ids, corr_of_ids, index))
+    lowest = lowest_matches(probe_ids, gallery_ids, exact_cosines(vectors, vectors), index)
+    assert torch.equal(argmax.long(), lowest)
 
 
 @pytest.mark.parametrize("locations", [6, 192])
@@ -622,15 +624,9 @@ def test_the_last_location_of_256_fits_its_dtype(backend: str, device: torch.dev
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")  # the interpreter's numpy
 @pytest.mark.parametrize(
-    ("locations", "indexed", "value"),
-    [
-        *itertools.product([6], [False, True], [torch.nan, torch.inf, -torch.inf]),
-        (192, True, torch.nan),
-        (192, False, torch.inf),
-    ],
+    ("locations", "indexed", "value", "normalize", "where"),
+    pairwise([6, 192], EITHER, [torch.nan, torch.inf, -torch.inf], EITHER, ["probe", "gallery"]),
 )
-@pytest.mark.parametrize("normalize", [False, True], ids=["prepared", "normalize"])
-@pytest.mark.parametrize("where", ["probe", "gallery"])
 def test_nan_and_inf_stay_where_they_belong(
     value: float, where: str, indexed: bool, normalize: bool, locations: int, backend: str, device: torch.device
 ) -> None:
@@ -695,9 +691,9 @@ def test_repeats_are_bit_identical(indexed: bool, dtype: torch.dtype, backend: s
 # --- functional.max_correlation
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
-@pytest.mark.parametrize("occluded", [False, True], ids=["visible", "occluded"])
+@pytest.mark.parametrize(
+    ("dtype", "indexed", "occluded"), pairwise([torch.float32, torch.float64, *HALF], EITHER, EITHER)
+)
 def test_functional(occluded: bool, indexed: bool, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """Raw maps in, visibility on its own axis; gradients reach maps and visibilities."""
     height, width = 2, 3
