@@ -74,7 +74,8 @@ def _replace_interpreted_products() -> None:
         return np.matmul(left, right, dtype=np.float32)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
-        found = _mixed(multiply, a.data, b.data, np.flip, lambda which, x, y: np.where(which.numpy(), x, y))
+        with np.errstate(invalid="ignore"):  # of NaN and Inf, as torch
+            found = _mixed(multiply, a.data, b.data, np.flip, lambda which, x, y: np.where(which.numpy(), x, y))
         return interpreter.TensorHandle(found + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot

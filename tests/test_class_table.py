@@ -28,6 +28,7 @@ from eager import (
     maps,
     with_own_class,
 )
+from exact import exact_vectors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -140,7 +141,7 @@ def test_own_class_is_left_out_by_id(backend: str) -> None:
     matcher = build(num_classes=6, k_nearest=3)
     with torch.no_grad():
         assert matcher.class_embed is not None
-        matcher.class_embed.copy_(maps(1, 5).expand(6, C, H, W))
+        matcher.class_embed.copy_(exact_vectors(1, C * H * W).view(1, C, H, W).expand(6, C, H, W))
     expected = [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
     assert matcher.compute_class_neighbors().tolist() == expected
     scores = matcher.class_scores(maps(6, 1), torch.arange(6, device=DEVICE))
