@@ -62,17 +62,24 @@ def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
     return {"WIDEN": False, "PRECISION": precision()}
 
 
-@cache
 def generation() -> int:
-    """The GPU's architecture as in sm_90 or gfx942, 90 or 942; 90 where there is none."""
+    """Architecture of the current GPU as in sm_90 or gfx942, 90 or 942; 90 without a GPU.
+
+    GPUs of one machine may differ, so callers ask at every launch; inside an op the GPU of its tensors is current.
+    """
     if torch.version.hip is not None:
         return AMD
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return _compute_capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
+
+
+@cache
+def _compute_capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def shared_memory() -> int:
-    """Bytes of shared memory that a program may use (CUDA programming guide; CDNA3 ISA guide)."""
+    """Bytes of shared memory that a program may use on the current GPU (CUDA programming guide; CDNA3 ISA guide)."""
     small = 65_536 if generation() == AMD else 101_376
     return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}.get(generation(), small)
 

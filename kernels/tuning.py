@@ -1,9 +1,13 @@
 """Which configuration of config.py a launch takes: the shipped one, or the fastest on the GPU at hand.
 
 A launch that is large enough to matter tries the configurations of its shape class once, before its real work: those
-that the compiler finds room for without a spill are timed, and the fastest is kept, in this process and on disk for all
-later ones. Of processes that tune at the same time the first to finish decides for all. Results do not depend on the
-choice but for rounding; pin it with `QACONV_TRITON_TUNE=0` where even that must be the same on every machine.
+that launch without a spill are timed, and the fastest is kept, in this process by device, and on disk by the name of
+the GPU, for all later ones. Of processes that tune at the same time the first to finish decides for all. A trial never
+ends the caller: what fails is left out, and a contest that lack of memory cuts short is not kept on disk.
+
+A configuration decides the order of sums, so another one may change the last bits of a result. Deleting the cache may
+do so too, for the next contest may end differently. `QACONV_TRITON_TUNE=0` pins the shipped configurations: the same
+call then gives the same bits on this machine, whatever the cache holds.
 """
 
 from __future__ import annotations
@@ -12,7 +16,10 @@ import hashlib
 import json
 import logging
 import os
+import stat
+import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
@@ -29,6 +36,9 @@ TUNE_VARIABLE = "QACONV_TRITON_TUNE"
 CACHE_VARIABLE = "QACONV_TRITON_CACHE_DIR"
 WORTH = 2.0**34  # operations of a launch that is tuned for; a smaller one takes what a launch takes anyway
 LONG = 100.0  # milliseconds of a launch that is not repeated for its time
+MAX_FILE_BYTES = 2**16  # of a choice on disk, which takes about 2 KiB
+PREFIX, SUFFIX = ".choice-", ".tmp"  # of a file that is being written
+STALE_SECONDS = 86_400  # age from which its writer was killed
 
 Table = Callable[..., list[Config]]  # a function of config.py
 logger = logging.getLogger(__name__)
@@ -84,51 +94,67 @@ def _configs(table: Table, shape: tuple[int, ...], architecture: int) -> list[Co
 
 
 def _found(table: Table, shape: tuple[int, ...], variant: str, run: Callable[[Config], Any]) -> Config:
-    """The choice on disk, or that of a contest, which is put there."""
+    """The choice on disk, if it launches, or that of a contest, which is put there."""
     configs = _configs(table, shape, generation())
     question = {
-        "table": table.__name__, "shape": shape, "variant": variant, "device": _device_name(),
+        "table": table.__name__, "shape": list(shape), "variant": variant, "device": _device_name(),
         "triton": triton.__version__, "kernels": _kernels(), "configs": [config._asdict() for config in configs],
     }  # fmt: skip
-    name = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
-    path = cache_directory() / f"{table.__name__}-{name}.json"
-    known = _read(path, configs)
+    path = _path(question)
+    known = None if path is None else _read(path, question)
     if known is not None:
-        return known
+        try:
+            run(configs[known])
+            return configs[known]
+        except Exception as error:  # another driver, or no memory at present
+            logger.warning("%s: %s does not launch (%s): choosing anew", path, configs[known], error)
     logger.warning(
         "tuning %s %s %s for this GPU, once; python -m qaconv_triton.warmup does it before training, %s=0 does without",
         table.__name__, shape, variant, TUNE_VARIABLE,
     )  # fmt: skip
     started = perf_counter()
-    times = contest(configs, run)
-    if not times:
+    times, is_complete = contest(configs, run)
+    if not times:  # then the launch itself says what is wrong
         return configs[0]
     best = min(times, key=lambda number: times[number])
     logger.info("%s: number %d of %s ms, in %.1f s", table.__name__, best, times, perf_counter() - started)
-    _write(path, question | {"milliseconds": times, "best": best})
-    return _read(path, configs) or configs[best]  # another process may have been first
+    if path is None or not is_complete:
+        logger.warning("the choice of a configuration is for this process only")
+        return configs[best]
+    return configs[_publish(path, question, times, best)]
 
 
-def contest(configs: list[Config], run: Callable[[Config], Any]) -> dict[int, float]:
-    """Milliseconds of each configuration, by its place, of those that compile and that the GPU has room for.
+def contest(configs: list[Config], run: Callable[[Config], Any]) -> tuple[dict[int, float], bool]:
+    """Time the configurations that compile and that the GPU has room for.
 
-    One that spills registers to memory takes part only if all do. The shipped one is launched first, as it would be
-    without a contest, and what it raises is raised; whatever is wrong with another costs that one its place only.
+    One that spills registers to memory takes part only if all do. Whatever is wrong with one costs that one its place
+    and nothing else.
+
+    Returns:
+        Milliseconds of each configuration, by its place, and whether another contest would leave out the same ones:
+        false if one could not be timed, or lacked memory.
     """
-    spills = {0: _spilled(run(configs[0]))}
-    for number, config in enumerate(configs[1:], start=1):
+    spills, is_complete = {}, True
+    for number, config in enumerate(configs):
         try:
             spills[number] = _spilled(run(config))
         except Exception as error:  # no room, no memory, or a compiler that gives up, each version in its own way
+            is_complete = is_complete and not _is_shortage(error)
             logger.info("no trial of %s: %s", config, error)
-    least = min(spills.values())
+    least = min(spills.values(), default=0)
     times = {}
     for number in (number for number, spilled in spills.items() if not spilled or least):
         try:
             times[number] = _milliseconds(partial(run, configs[number]))
-        except torch.OutOfMemoryError as error:  # of the flush, in a training that leaves no memory
-            logger.warning("no memory to time %s (%s)", configs[number], error)
-    return times
+        except Exception as error:
+            is_complete = False
+            logger.warning("cannot time %s: %s", configs[number], error)
+    return times, is_complete
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether a launch failed for lack of memory or disk space, by no fault of its configuration."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError, OSError)) or "out of memory" in str(error).lower()
 
 
 def _spilled(kernel: Any) -> int:
@@ -152,11 +178,19 @@ def _milliseconds(run: Callable[[], Any]) -> float:
     return min(times) if min(times) > LONG else float(triton.testing.do_bench(run, return_mode="median"))
 
 
-def cache_directory() -> Path:
-    """Where choices are kept: `QACONV_TRITON_CACHE_DIR`, or qaconv_triton in the user's cache directory."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "qaconv_triton"
+def cache_directory() -> Path | None:
+    """Where choices are kept: `QACONV_TRITON_CACHE_DIR`, or qaconv_triton in the user's cache directory.
+
+    None where that would be in the home directory, and there is none.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    default = os.path.join(base if os.path.isabs(base) else "~/.cache", "qaconv_triton")
+    try:
+        path = Path(given or default).expanduser()
+    except RuntimeError:  # a user without a home directory
+        return None
+    return path if given or path.is_absolute() else None
 
 
 def _device_name() -> str:
@@ -170,35 +204,82 @@ def _kernels() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def _read(path: Path, configs: list[Config]) -> Config | None:
-    """A choice on disk; None if there is none that can be read. One that means nothing is removed."""
+def _path(question: dict[str, Any]) -> Path | None:
+    """The file of a question's answer."""
+    name = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
+    directory = cache_directory()
+    return None if directory is None else directory / f"{question['table']}-{name}.json"
+
+
+def _read(path: Path, question: dict[str, Any]) -> int | None:
+    """The choice on disk, a place among the question's configurations; None if there is none that can be used.
+
+    Anything may lie at the path: only a small regular file is read, never through a link, and nothing waits.
+    """
     try:
-        return configs[json.loads(path.read_text(encoding="utf-8"))["best"]]
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+                raise ValueError(f"no regular file of at most {MAX_FILE_BYTES} bytes")
+            text = os.read(descriptor, MAX_FILE_BYTES)
+        finally:
+            os.close(descriptor)
+        return _answer(json.loads(text), question)
     except FileNotFoundError:
         return None
     except OSError as error:
         logger.warning("%s cannot be read: %s", path, error)
-    except (ValueError, LookupError, TypeError) as error:
-        logger.warning("%s holds no choice of a configuration (%s): choosing anew", path, error)
-        with suppress(OSError):
-            path.unlink()
+    except (ValueError, RecursionError) as error:
+        logger.warning("%s holds no choice of a configuration (%s)", path, error)
     return None
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Put a choice on disk, unless there is one: a file appears whole or not at all."""
-    whole = path.with_suffix(f".{os.getpid()}")
+def _answer(content: object, question: dict[str, Any]) -> int:
+    """The choice that a file's content makes.
+
+    Raises:
+        ValueError: it answers another question, or none.
+    """
+    if not isinstance(content, dict) or any(content.get(name) != value for name, value in question.items()):
+        raise ValueError("it answers another question")
+    best = content.get("best")
+    if type(best) is not int or not 0 <= best < len(question["configs"]):
+        raise ValueError(f"best: expected a number from 0 to {len(question['configs']) - 1}, got {best!r:.40}")
+    return best
+
+
+def _publish(path: Path, question: dict[str, Any], times: dict[int, float], best: int) -> int:
+    """Put a choice on disk, whole or not at all, and return it; if there is one that launches here, return that."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        _remove_stale(path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=path.parent)
         try:
-            os.link(whole, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            whole.replace(path)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                with suppress(OSError):  # others who may enter the directory may read it
+                    os.fchmod(descriptor, 0o644 & path.parent.stat().st_mode)
+                json.dump(question | {"milliseconds": times, "best": best}, file, indent=1)
+            try:
+                os.link(name, path)
+            except (OSError, AttributeError):  # there is something already, or no hard links
+                present = _read(path, question)
+                if present in times:
+                    return present
+                os.replace(name, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
     except OSError as error:
         logger.warning("the choice of a configuration is for this process only: %s", error)
-    finally:
-        with suppress(OSError):
-            whole.unlink()
+    return best
+
+
+def _remove_stale(directory: Path) -> None:
+    """Remove what killed processes have left half-written."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
+                with suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS:
+                        os.unlink(entry)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pwd
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ SHAPES = {
     config.correlation_backward: [(locations, 512, size) for locations in (49, 192) for size in (2, 4)],
     config.cosine_topk: [(dim, size) for dim in (512, 25_088) for size in (2, 4)],
 }
+QUESTION = (config.cosine_topk, (25_088, 2))
 
 
 def table(locations: int) -> list[Config]:
@@ -131,12 +136,48 @@ def test_the_interpreter_tunes_only_when_told(tunable: Path, monkeypatch: pytest
 
 
 def test_what_spills_or_finds_no_room_takes_no_part(tunable: Path) -> None:
-    assert tuning.contest(CONFIGS, Launches({3: 64})) == {0: 9.0, 1: 8.0, 2: 6.0}
-    assert tuning.contest(CONFIGS, Launches({2: 8}, too_large=(3,))) == {0: 9.0, 1: 8.0}
+    assert tuning.contest(CONFIGS, Launches({3: 64})) == ({0: 9.0, 1: 8.0, 2: 6.0}, True)
+    assert tuning.contest(CONFIGS, Launches({2: 8}, too_large=(3,))) == ({0: 9.0, 1: 8.0}, True)
     every = dict.fromkeys(range(4), 8)
-    assert set(tuning.contest(CONFIGS, Launches(every))) == {0, 1, 2, 3}  # all spill: the clock decides
-    with pytest.raises(OutOfResources):  # as without a contest
-        tuning.contest(CONFIGS, Launches(too_large=(0,)))
+    assert set(tuning.contest(CONFIGS, Launches(every))[0]) == {0, 1, 2, 3}  # all spill: the clock decides
+
+
+def test_no_failing_trial_ends_the_caller(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first launch of a configuration, the shipped one included, nor a later one."""
+    assert choose(Launches(too_large=(0, 3))) == 2
+    assert choose(Launches(too_large=(0, 1, 2, 3)), variant="none fits") == 0  # its launch says what is wrong
+
+    def fails(run: Any) -> float:
+        if run.args[0] is CONFIGS[3]:
+            raise RuntimeError("Triton Error [CUDA]: an illegal instruction was encountered")
+        return 10.0 - run.args[0].tiles["BC"]
+
+    monkeypatch.setattr(tuning, "_milliseconds", fails)
+    assert choose(Launches(), variant="second launch") == 2
+
+
+@pytest.mark.parametrize("where", ["first launch", "clock"])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("256 MB"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_a_contest_that_lacked_memory_is_not_kept(
+    error: Exception, where: str, tunable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest finds no memory today; another process may have more."""
+
+    def short(run: Any) -> float:
+        if where == "clock" and run.args[0] is CONFIGS[3]:
+            raise error
+        return 10.0 - run.args[0].tiles["BC"]
+
+    def launch(config: Config) -> SimpleNamespace:
+        if where == "first launch" and config is CONFIGS[3]:
+            raise error
+        return SimpleNamespace(n_spills=0)
+
+    monkeypatch.setattr(tuning, "_milliseconds", short)
+    assert tuning.choose(table, (49,), "", 1e15, launch) == CONFIGS[2]
+    assert list(tunable.iterdir()) == []
 
 
 def test_without_memory_to_tune_the_shipped_one_runs(
@@ -147,20 +188,34 @@ def test_without_memory_to_tune_the_shipped_one_runs(
 
     monkeypatch.setattr(tuning, "_milliseconds", full)
     assert choose(Launches()) == 0
-    assert "no memory to time" in caplog.text
+    assert "cannot time" in caplog.text
     assert list(tunable.iterdir()) == []
 
 
-def test_choices_outlive_the_process(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_on_disk_that_no_longer_launches_is_replaced(tunable: Path) -> None:
     assert choose(Launches()) == 3
     (path,) = tunable.iterdir()
+    tuning.chosen.clear()
+    assert choose(Launches(too_large=(3,))) == 2
+    assert json.loads(path.read_text())["best"] == 2
+    tuning.chosen.clear()
+    assert choose(Launches(too_large=(0, 1, 2, 3))) == 0
+    assert json.loads(path.read_text())["best"] == 2
+
+
+def test_choices_outlive_the_process(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tunable.chmod(0o755)
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o644  # who may enter may read
     kept = json.loads(path.read_text())
     assert kept["best"] == 3
     assert kept["milliseconds"] == {"0": 9.0, "1": 8.0, "2": 6.0, "3": 2.0}
     monkeypatch.setattr(tuning, "chosen", {})
     launches = Launches()
     assert choose(launches) == 3
-    assert launches.calls == []
+    assert launches.calls == [3]  # does it launch here?
+    launches.calls.clear()
     monkeypatch.setattr(tuning, "chosen", {})
     monkeypatch.setattr(tuning, "_device_name", lambda: "another GPU")
     assert choose(launches) == 3
@@ -185,39 +240,225 @@ def test_the_first_of_several_processes_decides(tunable: Path, monkeypatch: pyte
     assert list(tunable.iterdir()) == [path]  # nothing half-written is left
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"best": 9}', '{"best": "x"}', "\x00"])
-def test_a_spoilt_file_is_told_and_replaced(content: str, tunable: Path, caplog: pytest.LogCaptureFixture) -> None:
+def unusable(path: Path, kind: str) -> None:
+    """Put something at `path`, where there is a choice, that nobody can use."""
+    content = json.loads(path.read_text())
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "dangling link":
+        path.symlink_to(path.parent / "elsewhere" / "file")
+    elif kind == "link":
+        target = path.parent.parent / "target"
+        target.write_text(json.dumps(content | {"best": 1}))
+        path.symlink_to(target)
+    elif kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    elif kind == "another question":
+        path.write_text(json.dumps(content | {"shape": [192], "best": 1}))
+    elif kind == "no question":
+        path.write_text('{"best": 1}')
+    elif kind.startswith("best"):
+        path.write_text(json.dumps(content | {"best": json.loads(kind.removeprefix("best "))}))
+    else:
+        path.write_bytes({"nested": b"[" * 60_000, "bytes": b"\xff\x00"}.get(kind, kind.encode()))
+
+
+KINDS = ["", "[]", "{}", "bytes", "nested", "1" + "0" * 5000, "best -1", "best 4", "best true", "best 1.0", 'best "1"']
+KINDS += ["best null", "another question", "no question", "fifo", "endless", "dangling link", "link", "sparse"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_lies_in_the_place_of_a_choice_is_told_and_replaced(
+    kind: str, tunable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tunable / "cache"
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(cache))
     assert choose(Launches()) == 3
-    (path,) = tunable.iterdir()
+    (path,) = cache.iterdir()
     whole = path.read_text()
-    path.write_text(content)
+    unusable(path, kind)
     tuning.chosen.clear()
     with caplog.at_level(logging.WARNING):
         assert choose(Launches()) == 3
     assert str(path) in caplog.text
     assert path.read_text() == whole
+    assert not path.is_symlink()
+    assert list(cache.iterdir()) == [path]
+    if kind == "link":
+        assert json.loads((tunable / "target").read_text())["best"] == 1
 
 
-def test_a_directory_that_cannot_be_written_is_told(
-    tunable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_folder_in_the_place_of_a_choice_is_left(tunable: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    path.unlink()
+    path.mkdir()
+    tuning.chosen.clear()
+    assert choose(Launches()) == 3
+    assert "for this process only" in caplog.text
+    assert list(tunable.iterdir()) == [path]
+
+
+def test_nothing_that_lies_in_the_cache_is_written_through(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the file that is being written cannot be guessed, so that no link can lie there."""
+    precious = tunable / "precious"
+    precious.write_text("kept")
+    cache = tunable / "cache"
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(cache))
+    assert choose(Launches()) == 3
+    (path,) = cache.iterdir()
+    path.unlink()
+    for name in (path.with_suffix(f".{os.getpid()}"), cache / f"{tuning.PREFIX}{tuning.SUFFIX}"):
+        name.symlink_to(precious)
+    tuning.chosen.clear()
+    assert choose(Launches()) == 3
+    assert precious.read_text() == "kept"
+    assert json.loads(path.read_text())["best"] == 3
+
+
+def test_processes_of_the_same_id_do_not_mix_their_files(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in two containers: one publishes while the other writes."""
+    real, inner = json.dump, []
+
+    def meanwhile(content: dict[str, Any], file: IO[str], **options: Any) -> None:
+        real(content | {"best": 1}, file, **options)
+        if not inner:
+            inner.append(True)
+            tuning._publish(path, question, {0: 1.0, 1: 1.0, 2: 0.5}, 2)
+
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    question = {
+        name: value for name, value in json.loads(path.read_text()).items() if name not in ("milliseconds", "best")
+    }
+    path.unlink()
+    monkeypatch.setattr(json, "dump", meanwhile)
+    tuning._publish(path, question, {0: 1.0, 1: 0.5}, 1)
+    assert inner
+    assert json.loads(path.read_text())["best"] == 1
+    assert list(tunable.iterdir()) == [path]
+
+
+def test_what_killed_writers_left_is_removed(tunable: Path) -> None:
+    old, new, foreign = (tunable / name for name in (".choice-a.tmp", ".choice-b.tmp", "notes.tmp"))
+    for path in (old, new, foreign):
+        path.touch()
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    assert choose(Launches()) == 3
+    assert not old.exists()
+    assert new.exists()  # may be being written
+    assert foreign.exists()
+
+
+def test_without_hard_links_choices_are_kept(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "link")
+    assert choose(Launches()) == 3
+    (path,) = tunable.iterdir()
+    assert json.loads(path.read_text())["best"] == 3
+
+
+@pytest.mark.parametrize("why", ["a file", "below a file", "dangling link", "read-only", "no home"])
+def test_without_a_directory_to_write_a_choice_is_for_the_process(
+    why: str, tunable: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    blocked = tunable / "file"
-    blocked.touch()
-    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(blocked))
+    blocked = tunable / "blocked"
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(blocked / "inner" if why == "below a file" else blocked))
+    if why == "dangling link":
+        blocked.symlink_to(tunable / "nothing")
+    elif why in ("a file", "below a file"):
+        blocked.touch()
+    elif why == "read-only":  # not by its mode, which root may ignore
+        monkeypatch.setattr(tempfile, "mkstemp", Mock(side_effect=PermissionError("read-only")))
+    else:
+        monkeypatch.setenv(tuning.CACHE_VARIABLE, "~nobody-of-this-name/cache")
+        monkeypatch.chdir(tunable)
+    before = set(tunable.iterdir())
     launches = Launches()
     assert choose(launches) == choose(launches) == 3
     assert len(launches.calls) == 4
     assert "for this process only" in caplog.text
+    assert set(tunable.iterdir()) - {blocked} == before - {blocked}
 
 
 def test_where_choices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(tuning.CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert tuning.cache_directory() == Path("/somewhere/qaconv_triton")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification tells to ignore
+    assert tuning.cache_directory() == Path.home() / ".cache/qaconv_triton"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.cache_directory() == Path.home() / ".cache/qaconv_triton"
     monkeypatch.setenv(tuning.CACHE_VARIABLE, "/elsewhere")
     assert tuning.cache_directory() == Path("/elsewhere")
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, "~/mine")
+    assert tuning.cache_directory() == Path.home() / "mine"
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuning.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError("no such user")))
+    assert tuning.cache_directory() is None
+    monkeypatch.setenv("HOME", "relative")
+    assert tuning.cache_directory() is None
+
+
+# --- several GPUs
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Two GPUs, of sm_90 and of sm_86; a function that makes one of them current."""
+    current = [0]
+    config._compute_capability.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device=None: [(9, 0), (8, 6)][current[0] if device is None else device],
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: ["first", "second"][current[0]])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield lambda device: current.__setitem__(0, device)
+    config._compute_capability.cache_clear()
+
+
+def test_each_gpu_has_its_own_tiles_and_shared_memory(two_gpus: Callable[[int], None]) -> None:
+    found = []
+    for device in (0, 1, 0):
+        two_gpus(device)
+        rows = [row(*shape) for row, shapes in SHAPES.items() for shape in shapes]
+        found.append(
+            (config.generation(), config.shared_memory(), rows, tuning._configs(*QUESTION, config.generation()))
+        )
+    assert [generation for generation, *_ in found] == [90, 86, 90]
+    assert [shared for _, shared, *_ in found] == [232_448, 101_376, 232_448]
+    assert found[0] == found[2]
+    assert found[0][2] != found[1][2]
+    assert found[0][3] != found[1][3]
+
+
+def test_each_gpu_has_its_own_choice(
+    two_gpus: Callable[[int], None], tunable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process by index, on disk by name: another process may count the GPUs otherwise."""
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    assert choose(Launches()) == 3
+    two_gpus(1)
+    launches = Launches(too_large=(3,))
+    assert choose(launches) == 2
+    assert launches.calls == [0, 1, 2, 3]
+    two_gpus(0)
+    assert choose(launches) == 3
+    assert {json.loads(path.read_text())["device"] for path in tunable.iterdir()} == {"first", "second"}
 
 
 @pytest.mark.parametrize("indexed", [False, True])
