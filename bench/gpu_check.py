@@ -5,8 +5,9 @@
     python -m bench gpu-check --dry-run        the same stages, small, on the CPU: does all of this work?
 
 Results are in bench/results/<device>/: summary.md, a log of every stage in gpu-check/, and the CSV files of the study.
-Every stage is a process of its own with a time limit and a log: one that fails or hangs costs the others nothing. The
-GPU's settings are read, never changed. The exit status is 0 if no stage failed or ran out of time.
+Every stage runs in processes of its own with a time limit (none in a dry run) and a log: one that fails or hangs costs
+the others nothing, and no process outlives its stage. A signal ends the run with a summary of what there is. The GPU's
+settings are read, never changed. The exit status is 0 if every stage was run or skipped, and none failed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import statistics
@@ -28,7 +31,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
+from types import FrameType
 
 import torch
 
@@ -37,6 +41,9 @@ from . import measure, table
 ROOT = Path(__file__).parents[1]
 LOG_BYTES = 200_000  # of a log that are kept, its end
 OURS = "qaconv_triton"
+MINUTES = 9.0  # for all stages together, but in a dry run
+POLL_SECONDS = 0.05
+ENDING_ROUNDS = 100  # of looking for processes that are to end: some start others meanwhile
 WINDOW = 20  # batches at the start and at the end of a training whose mean losses are compared
 # why a profiler may not be able to read the counters
 UNREADABLE = r"ERR_NVGPUCTRPERM|permission|not supported|[Dd]river resource|in use by|LibraryNotLoaded"
@@ -54,9 +61,16 @@ class TimedOut(Exception):
     """A stage did not end within its limit."""
 
 
+class Stopped(Exception):
+    """A signal asks for the end."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: "ok", "failed", "timed out" or "skipped"; `figure`: what is worth knowing, or why."""
+    """What became of a stage; `figure`: what is worth knowing, or why.
+
+    `status` is "ok", "failed", "timed out", "skipped", "stopped" (by a signal) or "not run".
+    """
 
     name: str
     status: str
@@ -84,6 +98,8 @@ class Check:
         self.log = folder / "gpu-check" / "stage.txt"
         self.deadline = monotonic()
         self.report: list[str] = []  # lines for the summary, beyond the table
+        self.signal: int | None = None  # that has asked for the end
+        self.mark = f"GPU_CHECK_{secrets.token_hex(8)}"  # in the environment of all processes that are started
 
     def begin(self, name: str, seconds: float) -> None:
         """Start a stage: its log is new, and its processes have this long together."""
@@ -93,7 +109,7 @@ class Check:
         self.deadline = monotonic() + seconds
 
     def run(self, command: Sequence[str | Path], *, kernels: bool = True, **more: str) -> Ran:
-        """Run a command; the log has what it prints, too.
+        """Run a command; the log has what it prints, too. Whatever happens, it ends, and all that it has started.
 
         Args:
             command: the program and its arguments.
@@ -102,35 +118,62 @@ class Check:
 
         Raises:
             Skipped: there is no such program.
-            TimedOut: the stage's time is over; the process and its children are ended.
+            TimedOut: the stage's time is over.
+            Stopped: a signal asks for the end.
         """
         own = {"TRITON_INTERPRET": "1", "QACONV_TRITON_BACKEND": "triton"}
         inherited = {name: value for name, value in os.environ.items() if name not in own}
         environment = inherited | {"PYTHONUNBUFFERED": "1"} | (own if self.dry and kernels else {})
-        environment |= ({"OMP_NUM_THREADS": "1"} if self.dry else {}) | more  # what is small gains nothing by more
+        threads = {"OMP_NUM_THREADS": "1"} if self.dry else {}  # what is small gains nothing by more
+        environment |= threads | more | {self.mark: "1"}
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(map(str, command))}\n".encode())
             log.flush()
             start = log.tell()
+            process = None
             try:
                 process = subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )  # fmt: skip
+                while process.poll() is None:
+                    self.check_signal()
+                    if monotonic() >= self.deadline:
+                        raise TimedOut("stopped")
+                    sleep(POLL_SECONDS)
             except FileNotFoundError as error:
                 raise Skipped(f"needs {command[0]}") from error
-            try:
-                code = process.wait(max(0.0, self.deadline - monotonic()))
-            except subprocess.TimeoutExpired as error:
-                raise TimedOut("stopped") from error
             finally:
-                if process.poll() is None:
+                if process is not None:
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+                end_processes(self.mark)
         with self.log.open("rb") as log:
             log.seek(start)
-            return Ran(code, log.read().decode(errors="replace"))
+            return Ran(process.returncode, log.read().decode(errors="replace"))
+
+    def check_signal(self) -> None:
+        """Raise `Stopped` if a signal has asked for the end."""
+        if self.signal is not None:
+            raise Stopped(f"by {signal.Signals(self.signal).name}")
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """Note a signal that would end this process, for a moment when it can end; one that is ignored stays so."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+        before = {each: handler for each, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+        try:
+            for each in before:
+                signal.signal(each, note)
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def python(self, *arguments: str | Path, kernels: bool = True, **more: str) -> str:
         """What this Python prints; Failed is raised where its exit status is not 0."""
@@ -147,6 +190,28 @@ class Check:
         return [*arguments, "--device", self.device, *(["--tiny"] if self.dry else [])]
 
 
+def end_processes(mark: str) -> None:
+    """End all processes with this variable in their environment.
+
+    What a stage has started may be in another process group or session by then, and its parent may have ended.
+    """
+    for _ in range(ENDING_ROUNDS):
+        found = [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if _has_variable(path, mark)]
+        if not found:
+            return
+        for number in found:
+            with suppress(OSError):
+                os.kill(int(number), signal.SIGKILL)
+        sleep(POLL_SECONDS)
+
+
+def _has_variable(environ: Path, name: str) -> bool:
+    try:
+        return f"{name}=".encode() in environ.read_bytes()
+    except OSError:  # another user's process, or one that has ended
+        return False
+
+
 def needs(*packages: str) -> None:
     """Skip the stage where one of these cannot be imported."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -160,7 +225,6 @@ def environment(check: Check) -> str:
 
 
 def bit_identity(check: Check) -> str:
-    needs("numpy")
     runs: list[dict[str, str]] = []
     for _ in range(2):
         printed = re.search(r"^hashes: (.*)$", check.workload("hashes"), re.MULTILINE)
@@ -177,7 +241,7 @@ def bit_identity(check: Check) -> str:
 
 
 def tests(check: Check) -> str:
-    needs("pytest", "hypothesis")
+    needs("pytest")
     # this check does not test itself
     selected = ["--ignore=tests/test_gpu_check.py"]
     if check.dry:
@@ -289,11 +353,6 @@ def study(check: Check) -> str:
             check.python("-m", "bench", op, *options, kernels=False)
     except TimedOut:
         is_whole = False
-    finally:
-        if check.folder.parent == table.RESULTS and importlib.util.find_spec(
-            "matplotlib"
-        ):  # the page that is to be committed with the rows
-            subprocess.run([sys.executable, "-m", "bench", "report"], cwd=ROOT, check=False, timeout=60)
     rows = [row for path in check.folder.glob("*.csv") for row in table.read(path) if row.date >= started]
     if wrong := [row for row in rows if row.provider.startswith(OURS) and row.status != "ok"]:
         check.report += ["Rows of the library that are not ok:"]
@@ -302,6 +361,15 @@ def study(check: Check) -> str:
     if not rows:
         raise TimedOut("no case has come to its end")
     return f"{len(rows)} rows" + ("" if is_whole else ", then the time was over: more with --minutes 30")
+
+
+def report(check: Check) -> str:
+    """The page that is to be committed with the rows of the study."""
+    if check.folder.parent != table.RESULTS:
+        raise Skipped(f"for rows in {table.RESULTS} only")
+    needs("matplotlib", "numpy")
+    check.python("-m", "bench", "report", kernels=False)
+    return "docs/benchmarks.md"
 
 
 def demo(check: Check) -> str:
@@ -369,6 +437,7 @@ STAGES: dict[str, tuple[Callable[[Check], str], float]] = {
     "warm-up": (warm_up, 6),
     "compiled-once": (compiled_once, 7),
     "study": (study, 22),
+    "report": (report, 1),
     "demo": (demo, 8),
     "profile": (profile, 5),
 }
@@ -376,9 +445,9 @@ STAGES: dict[str, tuple[Callable[[Check], str], float]] = {
 
 def perform(check: Check, name: str, stage: Callable[[Check], str], seconds: float) -> Outcome:
     """Run a stage; whatever goes wrong in it is its outcome."""
-    check.begin(name, seconds)
     started = monotonic()
     try:
+        check.begin(name, seconds)
         status, figure = "ok", stage(check)
     except Skipped as reason:
         status, figure = "skipped", str(reason)
@@ -386,9 +455,12 @@ def perform(check: Check, name: str, stage: Callable[[Check], str], seconds: flo
         status, figure = "timed out", f"after {seconds:.0f} s: {reason}"
     except Failed as reason:
         status, figure = "failed", str(reason)
-    except Exception as error:  # a stage of this check that does not understand what it reads
+    except Stopped as reason:
+        status, figure = "stopped", str(reason)
+    except (Exception, SystemExit) as error:  # a stage of this check that does not understand what it reads
         status, figure = "failed", f"{type(error).__name__}: {error}"
-    _cut(check.log)
+    with suppress(OSError):
+        _cut(check.log)
     return Outcome(name, status, monotonic() - started, figure)
 
 
@@ -414,7 +486,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m bench gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default: 9)")
+    parser.add_argument(
+        "--minutes", type=float, help=f"for all stages together (default: {MINUTES:.0f}, in a dry run no limit)"
+    )
     parser.add_argument("--output", type=Path, help="where the device's folder is (default: bench/results)")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), metavar="STAGE", help=f"only {', '.join(STAGES)}")
     parser.add_argument("--dry-run", dest="dry", action="store_true", help="small, on the CPU, kernels interpreted")
@@ -426,23 +500,41 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or (ROOT / "out" / "gpu-check" if options.dry else table.RESULTS)
     check = Check((output / table.slug(name)).absolute(), device, options.dry)
     title = "Dry run of the GPU check: nothing was measured on a GPU" if options.dry else f"GPU check: {name}"
-    end = monotonic() + 60 * options.minutes
+    minutes = options.minutes or (math.inf if options.dry else MINUTES)
+    summary_name = "summary-of-some.md" if options.stages else "summary.md"
+    end = monotonic() + 60 * minutes
     left = {stage: share for stage, (_, share) in STAGES.items() if not options.stages or stage in options.stages}
     outcomes: list[Outcome] = []
-    for stage in list(left):
-        # what earlier stages have not used belongs to the later ones
-        seconds = max(1.0, end - monotonic()) * left[stage] / sum(left.values())
-        print(f"{stage}: up to {seconds:.0f} s", flush=True)
-        outcomes.append(perform(check, stage, STAGES[stage][0], seconds))
-        print(f"{stage}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s: {outcomes[-1].figure}", flush=True)
-        del left[stage]
+    try:
+        with check.catching_signals():
+            for stage in list(left):
+                # what earlier stages have not used belongs to the later ones
+                seconds = max(1.0, end - monotonic()) * left[stage] / sum(left.values())
+                print(f"{stage}:" + (f" up to {seconds:.0f} s" if math.isfinite(seconds) else ""), flush=True)
+                outcomes.append(perform(check, stage, STAGES[stage][0], seconds))
+                print(
+                    f"{stage}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s: {outcomes[-1].figure}", flush=True
+                )
+                del left[stage]
+                _save(check.folder / summary_name, summary(outcomes, check, title))
+                if check.signal is not None:
+                    break
+    finally:
+        outcomes += [Outcome(stage, "not run", 0.0, "") for stage in left]
         told = summary(outcomes, check, title)
-        (check.folder / ("summary.md" if not options.stages else "summary-of-some.md")).write_text(
-            told, encoding="utf-8"
-        )
-    print(f"\n{told}\nin {check.folder}")
-    if any(outcome.status in ("failed", "timed out") for outcome in outcomes):
+        _save(check.folder / summary_name, told)
+        print(f"\n{told}\nin {check.folder}", flush=True)
+    if any(outcome.status not in ("ok", "skipped") for outcome in outcomes):
         raise SystemExit(1)
+
+
+def _save(path: Path, text: str) -> None:
+    """Write a summary; where that is impossible it is printed alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
+import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 
 from bench import __main__ as command
 from bench import gpu_check, matching, measure, workloads
-from bench.gpu_check import Check, Failed, Outcome, Ran, Skipped, TimedOut, perform
+from bench.gpu_check import Check, Failed, Outcome, Ran, Skipped, Stopped, TimedOut, perform
 from qaconv_triton import functional, ops
 
 CPU = torch.device("cpu")
@@ -72,22 +76,69 @@ def test_a_command_that_is_not_there(check: Check) -> None:
         check.run(["no-such-program", "--version"])
 
 
-def test_a_command_that_hangs_is_ended_with_its_children(check: Check) -> None:
-    check.begin("stage", 2)
-    child = "import time; time.sleep(60)"
-    text = (
-        f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
-    )
-    started = time.monotonic()
+CHILD = "import os, time; print('child', os.getpid(), flush=True); time.sleep(600)"
+STARTS_A_CHILD = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {CHILD!r}]"
+STARTS_A_DAEMON = STARTS_A_CHILD + ", start_new_session=True"
+
+
+def children(log: Path) -> list[int]:
+    """The processes that have printed that they run."""
+    return [int(found) for found in re.findall(r"^child (\d+)$", log.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("start", [STARTS_A_CHILD, STARTS_A_DAEMON])
+def test_a_command_that_hangs_is_ended_with_its_children(
+    start: str, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "monotonic", lambda: 2.0 * bool(children(check.log)))
+    check.deadline = 1.0
     with pytest.raises(TimedOut):
-        check.run(python(text))
-    assert time.monotonic() - started < 20
-    pid = int(check.log.read_text(encoding="utf-8").splitlines()[-1])
-    for _ in range(100):
-        if not _runs(pid):
-            return
-        time.sleep(0.1)
-    pytest.fail("its child goes on")
+        check.run(python(start + "); child.wait()"))
+    (child,) = children(check.log)
+    assert not _runs(child)
+
+
+@pytest.mark.parametrize("start", [STARTS_A_CHILD, STARTS_A_DAEMON])
+def test_no_background_child_outlives_its_command(start: str, check: Check) -> None:
+    ran = check.run(python(start + ", stdout=subprocess.PIPE); sys.stdout.buffer.write(child.stdout.readline())"))
+    assert ran.code == 0
+    (child,) = children(check.log)
+    assert not _runs(child)
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def ending(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that raises if the check does not catch it, instead of ending the tests."""
+
+    def uncaught(number: int, frame: object) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} was not caught")
+
+    before = signal.signal(request.param, uncaught)
+    yield request.param
+    assert signal.signal(request.param, before) is uncaught  # the check has put it back
+
+
+def test_a_signal_ends_the_child_and_leaves_a_summary(
+    ending: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sends = CHILD.replace("time.sleep", f"os.kill(os.getppid(), {int(ending)}); time.sleep")
+
+    def hang(check: Check) -> str:
+        return check.python("-c", sends)
+
+    made = {"first": (lambda check: "figure", 1.0), "second": (hang, 1.0), "third": (hang, 1.0)}
+    monkeypatch.setattr(gpu_check, "STAGES", made)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry-run", "--output", str(tmp_path)])
+    (log,) = tmp_path.glob("*/gpu-check/second.txt")
+    (child,) = children(log)
+    assert not _runs(child)
+    (path,) = tmp_path.glob("*/summary.md")
+    text = path.read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "| first | ok | 0 | figure |" in text
+    assert re.search(rf"\| second \| stopped \| \d+ \| by {ending.name} \|", text)
+    assert "| third | not run | 0 |  |" in text
 
 
 def _runs(pid: int) -> bool:
@@ -110,9 +161,11 @@ def _runs(pid: int) -> bool:
         (Skipped("needs X"), "skipped", "needs X"),
         (TimedOut("stopped"), "timed out", "after 5 s: stopped"),
         (KeyError("key"), "failed", "KeyError: 'key'"),
+        (SystemExit(2), "failed", "SystemExit: 2"),
+        (Stopped("by SIGTERM"), "stopped", "by SIGTERM"),
     ],
 )
-def test_outcomes(check: Check, raised: Exception | None, status: str, figure: str) -> None:
+def test_outcomes(check: Check, raised: BaseException | None, status: str, figure: str) -> None:
     def stage(given: Check) -> str:
         assert given is check
         check.run(python("print('ran')"))
@@ -279,18 +332,65 @@ def test_exit_status_and_summary(
 def test_later_stages_get_what_earlier_ones_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[float] = []
     monkeypatch.setattr(gpu_check, "STAGES", {name: (lambda check: "", 1.0) for name in "abcd"})
+    monkeypatch.setattr(gpu_check, "monotonic", lambda: 10.0 * len(given))  # each takes ten seconds
 
     def told(check: Check, name: str, stage: object, seconds: float) -> Outcome:
         given.append(seconds)
-        check.folder.mkdir(parents=True, exist_ok=True)
         return Outcome(name, "ok", 0.0, "")
 
     monkeypatch.setattr(gpu_check, "perform", told)
     gpu_check.main(["--dry-run", "--minutes", "2", "--output", str(tmp_path)])
-    assert given == pytest.approx([30, 40, 60, 120], abs=3)
+    assert given == pytest.approx([120 / 4, 110 / 3, 100 / 2, 90])
     given.clear()
     gpu_check.main(["--dry-run", "--minutes", "2", "--output", str(tmp_path), "--stages", "c", "b"])
-    assert given == pytest.approx([60, 120], abs=3)
+    assert given == pytest.approx([120 / 2, 110])
+    given.clear()
+    gpu_check.main(["--dry-run", "--output", str(tmp_path)])
+    assert given == [math.inf] * 4  # a dry run is not cut by the clock
+
+
+def broken(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let something fail that is no stage: the second stage's log, or the summary after it."""
+    if what == "log of a stage":
+        begin = Check.begin
+        monkeypatch.setattr(
+            Check, "begin", lambda check, name, s: begin(check, name, s) if name != "stage-1" else 1 / 0
+        )
+    elif what == "removed log":
+        monkeypatch.setattr(gpu_check, "_cut", lambda log: log.with_name("nothing").stat())
+    else:
+        made = gpu_check.summary
+        seen: list[int] = []
+        monkeypatch.setattr(
+            gpu_check, "summary", lambda *given: made(*given) if seen.append(1) or len(seen) != 2 else 1 / 0
+        )
+
+
+@pytest.mark.parametrize("what", ["log of a stage", "removed log", "summary"])
+def test_no_error_outside_a_stage_loses_the_summary(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages(monkeypatch, "ok", "ok", "ok")
+    broken(what, monkeypatch)
+    with suppress(SystemExit, ZeroDivisionError):
+        gpu_check.main(["--dry-run", "--output", str(tmp_path)])
+    (path,) = tmp_path.glob("*/summary.md")
+    text = path.read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "| stage-0 | ok | 0 | figure |" in text
+    assert {line.split(" | ")[0] for line in text.splitlines()} >= {"| stage-0", "| stage-1", "| stage-2"}
+
+
+def test_a_summary_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages(monkeypatch, "ok")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry-run", "--output", str(tmp_path / "file")])
+    printed = capsys.readouterr().out
+    assert "cannot be written" in printed
+    assert "| stage-0 | failed | 0 | NotADirectoryError" in printed
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
