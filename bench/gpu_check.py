@@ -36,7 +36,7 @@ from types import FrameType
 
 import torch
 
-from . import measure, table
+from . import measure, optional, table
 
 ROOT = Path(__file__).parents[1]
 LOG_BYTES = 200_000  # of a log that are kept, its end
@@ -248,7 +248,18 @@ def tests(check: Check) -> str:
         selected = ["tests/test_edges.py", "tests/test_max_correlation.py", "-k", "edges or small_maps and 17-16"]
     workers = min(2 if check.dry else 16, os.cpu_count() or 1)
     spread = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *spread, *selected]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.optional",
+        *spread,
+        *selected,
+    ]
     try:
         ran = check.run(command, kernels=False, OMP_NUM_THREADS="1")
     except TimedOut as error:
@@ -263,7 +274,8 @@ def tests(check: Check) -> str:
         failures = re.findall(r"^(?:FAILED|ERROR) .*$", ran.printed, re.MULTILINE)
         check.report += ["Failures of the tests:", *(f"- `{line[:300]}`" for line in failures[:30])]
         raise Failed(counts[-1] if counts else ran.last_line)
-    return f"{counts[-1] if counts else 'passed'}, {workers if spread else 1} at a time"
+    without = f"; without {', '.join(missing)}, which some tests need" if (missing := optional.missing()) else ""
+    return f"{counts[-1] if counts else 'passed'}, {workers if spread else 1} at a time{without}"
 
 
 def exercise(check: Check) -> str:

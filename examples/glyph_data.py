@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,13 +125,13 @@ def draw(font: FT2Font, code: int, canvas: np.ndarray) -> None:
     place[:rows, :columns] = ink[:rows, :columns]
 
 
-def occlude(images: Tensor, clutter: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def occlude(images: Tensor, clutter: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cover a random rectangle of every picture with the same part of another one.
 
     Args:
         images: `[B, 1, 28, 28]`.
         clutter: `[B, 1, 28, 28]`, what to cover them with.
-        shares: `[B]` in [0, 1], the share of the picture within its margin to cover.
+        share: in [0, 1], of each picture within its margin, to cover.
         generator: the source of randomness.
 
     Returns:
@@ -138,13 +139,14 @@ def occlude(images: Tensor, clutter: Tensor, shares: Tensor, generator: torch.Ge
         location is visible to 0 where it is covered.
     """
     inner, batch = SIZE - 2 * MARGIN, len(images)
-    aspect = torch.empty(batch).uniform_(0.5, 2.0, generator=generator)
-    height = (shares * aspect).sqrt().mul(inner).clamp(max=inner).round()
-    width = (shares / aspect).sqrt().mul(inner).clamp(max=inner).round()
-    corner = torch.rand(2, batch, generator=generator)
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    aspect = torch.empty(batch, **on_cpu).uniform_(0.5, 2.0, generator=generator)
+    height = (share * aspect).sqrt().mul(inner).clamp(max=inner).round()
+    width = (share / aspect).sqrt().mul(inner).clamp(max=inner).round()
+    corner = torch.rand(2, batch, generator=generator, **on_cpu)
     top = MARGIN + (corner[0] * (inner + 1 - height)).floor()
     left = MARGIN + (corner[1] * (inner + 1 - width)).floor()
-    pixel = torch.arange(SIZE)
+    pixel = torch.arange(SIZE, device="cpu")
     rows = (pixel >= top[:, None]) & (pixel < (top + height)[:, None])
     columns = (pixel >= left[:, None]) & (pixel < (left + width)[:, None])
     covered = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)

@@ -64,7 +64,7 @@ def draw_correspondences(
     gallery = glyphs.images[glyph, SERIF][None, None].to(occluded.device)
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    everything = torch.ones(1, 1, CELLS, CELLS)
+    everything = torch.ones_like(visibility[:1])
     query = glyphs.images[glyph, QUERY_FACE][None].to(occluded.device)
     draw_matches(left, "clean", backbone, matcher, query, gallery[0], everything.to(query.device))
     title = "occluded (shaded), with visibility map"
@@ -92,7 +92,8 @@ def draw_matches(
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     shade = np.kron(1 - visibility[0, 0].numpy(), np.ones((cell, cell)))
     axes.imshow(np.zeros_like(shade), cmap="autumn", alpha=0.45 * shade, extent=(-0.5, SIZE - 0.5, SIZE - 0.5, -0.5))
-    start, end = center(chosen), center(found[chosen]) + torch.tensor([offset, 0.0])
+    start, end = center(chosen), center(found[chosen])
+    end[:, 0] += offset
     lines = LineCollection(torch.stack([start, end], dim=1).numpy(), array=best[chosen].numpy(), cmap="viridis")
     lines.set(clim=(0, 1), linewidth=1.6)
     axes.add_collection(lines)
@@ -105,7 +106,7 @@ def draw_matches(
 
 def center(location: Tensor) -> Tensor:
     """The pixel (x, y) in the middle of locations `[M]`: `[M, 2]`."""
-    return (torch.stack([location % CELLS, location // CELLS], dim=1) + 0.5) * (SIZE / CELLS) - 0.5
+    return (torch.stack([location % CELLS, location // CELLS], dim=1).float() + 0.5) * (SIZE / CELLS) - 0.5
 
 
 def draw_training(path: Path, curves: dict[str, tuple[list[float], list[float]]]) -> None:
@@ -114,9 +115,9 @@ def draw_training(path: Path, curves: dict[str, tuple[list[float], list[float]]]
     left, right = figure.subplots(1, 2)
     for name, (losses, accuracies) in curves.items():
         for axes, values in ((left, losses), (right, accuracies)):
-            curve = torch.tensor(values)
+            curve = torch.tensor(values, dtype=torch.float64, device="cpu")
             smooth = curve.unfold(0, max(1, len(curve) // 25), 1).mean(dim=1)
-            axes.plot(torch.linspace(0, 100, len(smooth)), smooth, label=name)
+            axes.plot(np.linspace(0, 100, len(smooth)), smooth, label=name)
     left.set(xlabel="% of training", ylabel="loss", yscale="log")
     right.set(xlabel="% of training", ylabel="accuracy", ylim=(0, 1))
     right.legend(fontsize="small")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -124,7 +125,8 @@ class Trained:
 
 def split(glyphs: Glyphs, num_classes: int, seed: int) -> tuple[Glyphs, Glyphs]:
     """Draw `num_classes` classes, four fifths of them for training and the others for the test."""
-    order = torch.randperm(len(glyphs), generator=torch.Generator().manual_seed(seed))[:num_classes]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(glyphs), generator=generator, device="cpu")[:num_classes]
     border = round(TRAIN_SHARE * len(order))
     return glyphs[order[:border]], glyphs[order[border:]]
 
@@ -134,9 +136,9 @@ def make_test_set(glyphs: Glyphs, clutter: Glyphs, seed: int, device: torch.devi
     generator = torch.Generator().manual_seed(seed)
     queries, query_labels = glyphs.samples([QUERY_FACE])
     gallery, gallery_labels = glyphs.samples(GALLERY_FACES)
-    others = torch.randint(len(clutter), (len(queries),), generator=generator)
+    others = torch.randint(len(clutter), (len(queries),), generator=generator, device="cpu")
     cover = clutter.images[others, QUERY_FACE].unsqueeze(1)
-    occluded, visibility = occlude(queries, cover, torch.full((len(queries),), OCCLUDED_SHARE), generator)
+    occluded, visibility = occlude(queries, cover, OCCLUDED_SHARE, generator)
     tensors = queries, occluded, visibility, query_labels, gallery, gallery_labels
     return TestSet(*(tensor.to(device) for tensor in tensors))
 
@@ -146,13 +148,14 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
     torch.manual_seed(seed)
     device, num_classes = options.device, len(glyphs)
     images, labels = (tensor.to(device) for tensor in glyphs.samples())
-    backbone = Backbone().to(device, memory_format=torch.channels_last)
+    backbone = Backbone().to(device, torch.float32, memory_format=torch.channels_last)
     matcher: QAConv | PooledCosine
     loss_function: nn.Module
     if method == "pooled":
-        matcher = loss_function = PooledCosine(num_classes).to(device)
+        matcher = loss_function = PooledCosine(num_classes).to(device, torch.float32)
     else:
-        matcher = QAConv(CHANNELS, CELLS, CELLS, num_classes, options.k_nearest, include_self=True).to(device)
+        matcher = QAConv(CHANNELS, CELLS, CELLS, num_classes, options.k_nearest, include_self=True)
+        matcher.to(device, torch.float32)
         loss_function = SoftmaxTripletLoss(matcher, margin=MARGIN, background="ignore")
 
     def classes_of_batches() -> Tensor:
@@ -161,9 +164,9 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
         Always the nearest few would be too much: beside its doubles a character has hardly any chance at first.
         """
         if method == "random":
-            return torch.randint(num_classes, (num_classes, NEAR))
+            return torch.randint(num_classes, (num_classes, NEAR), device="cpu")
         near = class_neighbors(matcher.class_embed, min(NEAR, num_classes - 1)).cpu()
-        return near.gather(1, torch.rand(near.shape).argsort(dim=1))
+        return near.gather(1, torch.rand(near.shape, device="cpu").argsort(dim=1))
 
     sampler = GraphSampler(labels, classes_of_batches, BATCH_CLASSES * INSTANCES, INSTANCES, seed=seed)
     epochs = options.epochs * (POOLED_EPOCHS if method == "pooled" else 1)
@@ -175,7 +178,8 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
     schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     losses, accuracies = [], []
     started = time.perf_counter()
-    with tqdm(total=steps, desc=f"seed {seed}, {METHODS[method]:36}", unit="batch") as progress:
+    name = f"seed {seed}, {METHODS[method]:36}"
+    with tqdm(total=steps, desc=name, unit="batch", disable=None) as progress:  # a bar on a terminal only
         for epoch in range(epochs):
             if epoch == 1:
                 start_classes_at_means(matcher, backbone, images, labels)
@@ -193,6 +197,9 @@ def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -
                 accuracies.append(accuracy.mean().item())
                 progress.set_postfix(loss=f"{losses[-1]:.2f}", accuracy=f"{accuracies[-1]:.2f}", refresh=False)
                 progress.update()
+            if progress.disable:
+                loss, accuracy = (statistics.fmean(each[-batches:]) for each in (losses, accuracies))
+                print(f"{name}: epoch {epoch + 1} of {epochs}, loss {loss:.2f}, accuracy {accuracy:.2f}", flush=True)
     return Trained(backbone.eval(), matcher.eval(), losses, accuracies, time.perf_counter() - started)
 
 
@@ -255,7 +262,7 @@ def make_table(results: dict[str, list[list[float]]], seconds: dict[str, float],
     ]
     spread = 0.0
     for name, runs in results.items():
-        values = torch.tensor(runs)
+        values = torch.tensor(runs, dtype=torch.float64, device="cpu")
         spread = max(spread, (values.max(dim=0).values - values.min(dim=0).values).max().item())
         cells = [f"{value:.3f}" for value in values.mean(dim=0).tolist()]
         cells.append(f"{seconds[name]:.0f}" if name in seconds else "")

@@ -20,6 +20,7 @@ from .checks import (
     values_may_be_read,
 )
 from .kernels.panels import Progress, with_norms
+from .progress import show_progress
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,7 +136,8 @@ def class_neighbors(
         workspace_bytes: what may be held beyond O(N k), among it the pieces of a streamed table and, on a GPU, the
             lists of candidates. By default half of a GPU's free memory, 256 MB on the CPU.
         device: where to compute, and where the result is; the embeddings' device where None.
-        progress: True for a bar (tqdm), or a function that is called with what is done and what there is to do.
+        progress: True for a bar (by tqdm, on a terminal; elsewhere a line now and then), or a function that is called
+            with what is done and what there is to do.
 
     Returns:
         int64 `[N, k]` class ids in falling similarity, equal similarities by rising id; with `return_similarities`,
@@ -146,7 +148,6 @@ def class_neighbors(
         ValueError: another shape, k or workspace_bytes out of range, NaN or Inf in the table (naming the first such
             classes), float64 asked of narrower embeddings or the reverse.
         IndexError: an id in `previous` outside `[0, N)`.
-        ImportError: a progress bar without tqdm.
 
     Example:
         >>> class_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).flatten().tolist()
@@ -188,32 +189,15 @@ def _check_previous(previous: Tensor, classes: int, k: int) -> None:
 
 @contextmanager
 def _progress(progress: bool | Progress) -> Iterator[None]:
-    """Let the search tell `progress`, a function, or with True a bar."""
+    """Let the search tell `progress`, a function; with True, show it."""
     if progress is False:
         yield
         return
     with ExitStack() as stack:
-        told = _bar(stack) if progress is True else progress
+        told = stack.enter_context(show_progress("class graph", "tiles")) if progress is True else progress
         token = ops.progress_of_search.set(told)
         stack.callback(ops.progress_of_search.reset, token)
         yield
-
-
-def _bar(stack: ExitStack) -> Progress:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress=True needs tqdm (pip install tqdm); a function of (done, total) does not"
-        ) from error
-
-    bar = stack.enter_context(tqdm(desc="class graph", unit=" tiles", unit_scale=True))
-
-    def tell(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return tell
 
 
 def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .matcher import QAConv
+from .progress import show_progress
 
 INSTANCES = 4  # maps of a class in a batch
 GALLERY = 8  # batches of maps that a batch is matched with
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run every operation of a training and of an evaluation twice, with a progress bar; say what the first took."""
+    """Run every operation of a training and of an evaluation twice, showing the progress; say what the first took."""
     options = parser().parse_args(arguments)
     try:
         with torch.device("meta"):
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .kernels import tuning
 
     found = []
-    for name, step in _with_bar(list(_steps(options, device))):
+    for name, step in _with_progress(list(_steps(options, device))):
         found.append((name, _seconds(step, device), _seconds(step, device)))
     width = max(len(name) for name, *_ in found)
     _say(f"{'':{width}}  first call     again")
@@ -81,7 +82,12 @@ def main(arguments: list[str] | None = None) -> None:
     for (table, shape, variant, *_), config in tuning.chosen.items():
         _say(f"{table} {shape} {variant}: {config}")
     if tuning.is_on():
-        kept = f"Choices are kept in {tuning.cache_directory()}."
+        directory = tuning.cache_directory()
+        kept = (
+            "Choices are for this process only: no home directory."
+            if directory is None
+            else f"Choices are kept in {directory}."
+        )
         _say(kept if tuning.chosen else "No launch is large enough to be tuned for: kernels run as shipped.")
     else:
         _say(
@@ -93,8 +99,8 @@ def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
     """The operations, by name."""
     shape = options.channels, options.height, options.width
     count = _classes(options.num_classes, shape, options.k_nearest, device)
-    with device:
-        matcher = QAConv(*shape, count, options.k_nearest)
+    with device:  # in fp32, whatever torch's default dtype: half precision is autocast's
+        matcher = QAConv(*shape, count, options.k_nearest).float()
     batches = {options.batch_size}
     if device.type == "cuda":  # kernels are tuned for on a batch that is large enough, whatever that of the training
         batches.add(max(options.batch_size, _worth(shape, options.k_nearest)))
@@ -104,8 +110,8 @@ def _steps(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[
         matcher.zero_grad()
 
     def calls(size: int) -> dict[str, Callable[[], object]]:
-        features = torch.randn(size, *shape, device=device, requires_grad=True)
-        gallery = torch.randn(GALLERY * size, *shape, device=device)
+        features = torch.randn(size, *shape, device=device, dtype=torch.float32, requires_grad=True)
+        gallery = torch.randn(GALLERY * size, *shape, device=device, dtype=torch.float32)
         labels = (torch.arange(size, device=device) // INSTANCES) % count
         return {
             "class path": lambda: backward(matcher.class_scores(features, labels).values),
@@ -134,18 +140,12 @@ def _worth(shape: tuple[int, int, int], k: int) -> int:
     return max(math.ceil(worth / (each * k)), math.ceil(math.sqrt(worth / each)))
 
 
-def _with_bar(steps: list[tuple[str, Callable[[], object]]]) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The steps behind a progress bar, where there is tqdm."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        _say("(pip install tqdm for a progress bar)")
-        yield from steps
-        return
-    with tqdm(steps, unit="operation") as progress:
-        for name, step in progress:
-            progress.set_description(name)
-            yield name, step
+def _with_progress(steps: list[tuple[str, Callable[[], object]]]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The steps, their progress shown."""
+    with show_progress("warm-up", "operations") as update:
+        for done, step in enumerate(steps, start=1):
+            yield step
+            update(done, len(steps))
 
 
 def _classes(count: int, shape: tuple[int, ...], k: int, device: torch.device) -> int:

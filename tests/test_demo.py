@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "glyphs.py"
 
@@ -33,7 +37,11 @@ def test_demo_writes_its_table_and_pictures(tmp_path: Path) -> None:
 
 def test_demo_in_bf16_stops_after_some_batches(tmp_path: Path) -> None:
     options = ["--classes", "40", "--epochs", "4", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
-    run_demo(*options, "--bf16", "--steps", "3")
+    run = run_demo(*options, "--bf16", "--steps", "3")
+    assert "\r" not in run.stderr  # no bar in a log
+    assert re.findall(r"^seed 1, \((.)\).*: epoch (\d) of 2, loss \d+", run.stdout, re.MULTILINE) == [
+        (method, epoch) for method in "abc" for epoch in "12"
+    ]
     with (tmp_path / "losses.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     methods = ("pooled", "random", "graph")
@@ -41,3 +49,28 @@ def test_demo_in_bf16_stops_after_some_batches(tmp_path: Path) -> None:
         (method, "1", str(batch)) for method in methods for batch in range(3)
     ]
     assert all(0.0 < float(row["loss"]) < 20.0 and 0.0 <= float(row["accuracy"]) <= 1.0 for row in rows)
+
+
+def test_the_demo_prepares_the_same_under_another_default_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    demo, data, pictures = (importlib.import_module(name) for name in ("glyphs", "glyph_data", "glyph_pictures"))
+    images = torch.randint(256, (20, len(data.FACES), data.SIZE, data.SIZE), dtype=torch.uint8)
+    glyphs = data.Glyphs([chr(65 + i) for i in range(20)], images, torch.ones(20, len(data.FACES), dtype=torch.bool))
+
+    def prepare() -> tuple[object, ...]:
+        seen, unseen = demo.split(glyphs, 15, seed=3)
+        test = demo.make_test_set(unseen, seen, 3, torch.device("cpu"))
+        table = demo.make_table({"a": [[0.12345, 0.98765], [0.12355, 0.98775]]}, {}, "note")
+        ends = pictures.center(torch.tensor([0, 48], device="cpu"))
+        return seen.characters, *vars(test).values(), table, ends
+
+    expected = prepare()
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = prepare()
+    finally:
+        torch.set_default_dtype(dtype)
+    for got, true in zip(found, expected, strict=True):
+        assert got == true if not isinstance(true, torch.Tensor) else torch.equal(got, true) and got.dtype == true.dtype

@@ -554,6 +554,7 @@ def run_warmup(*options: str, **variables: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_warm_up_runs_everything_and_reports(tmp_path: Path) -> None:
     interpreted = {"TRITON_INTERPRET": "1", "QACONV_TRITON_BACKEND": "triton", "QACONV_TRITON_CACHE_DIR": str(tmp_path)}
     run = run_warmup("--device", "cpu", "--dtype", "bfloat16", QACONV_TRITON_TUNE="1", **interpreted)
@@ -561,10 +562,56 @@ def test_the_warm_up_runs_everything_and_reports(tmp_path: Path) -> None:
     for name in ("class graph", "class path", "all pairs", "matching", "matching of pairs"):
         assert f"{name}" in run.stdout
     assert "No launch is large enough to be tuned for" in run.stdout
-    assert "5/5" in run.stderr  # the progress bar
-    pinned = run_warmup("--device", "cpu", "--dtype", "float32", QACONV_TRITON_TUNE="0", **interpreted)
-    assert pinned.returncode == 0, pinned.stderr
-    assert "(QACONV_TRITON_TUNE='0'): kernels run as shipped" in pinned.stdout
+    assert "5 of 5 operations" in run.stderr
+    assert "\r" not in run.stderr  # no bar in a log
+
+
+@pytest.mark.parametrize(
+    ("wanted", "home", "said"),
+    [
+        ("0", True, "(QACONV_TRITON_TUNE='0'): kernels run as shipped"),
+        ("1", True, "Choices are kept in /somewhere."),
+        ("1", False, "for this process only: no home directory"),
+    ],
+)
+def test_the_warm_up_says_what_is_kept(
+    wanted: str, home: bool, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(tuning, "INTERPRETED", True)
+    monkeypatch.setattr(tuning, "chosen", {("table", (49,), "tf32", 0): CONFIGS[1]})
+    monkeypatch.setattr(tuning, "cache_directory", lambda: Path("/somewhere") if home else None)
+    monkeypatch.setattr(warmup, "_steps", lambda options, device: iter([("step", lambda: None)]))
+    monkeypatch.setattr(warmup.ops, "uses_triton", lambda device, dtype: True)
+    monkeypatch.setenv(tuning.TUNE_VARIABLE, wanted)
+    warmup.main([*MODEL, "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert said in printed.out
+    assert "table (49,) tf32" in printed.out
+    assert "warm-up: 100%, 1 of 1 operations" in printed.err
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_warm_up_is_in_fp32_whatever_the_default_dtype(
+    default: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
+    seen: list[torch.Tensor] = []
+
+    class Recorded(warmup.QAConv):
+        def forward(self, *inputs: torch.Tensor, **more: Any) -> torch.Tensor:
+            seen.extend([self.class_embed, self.fc.weight, inputs[0]])
+            return super().forward(*inputs, **more)
+
+    monkeypatch.setattr(warmup, "QAConv", Recorded)
+    options = warmup.parser().parse_args([*MODEL, "--batch-size", "4", "--device", "cpu", "--dtype", "float32"])
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        dict(warmup._steps(options, options.device))["all pairs of 4, float32"]()
+    finally:
+        torch.set_default_dtype(before)
+    assert {tensor.dtype for tensor in seen} == {torch.float32}
 
 
 def test_the_warm_up_has_nothing_to_do_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,62 @@
+"""Progress of a long computation on standard error: a bar on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextmanager
+def show_progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a computation is, for as long as the context lasts.
+
+    A bar needs tqdm; without it lines are written everywhere.
+
+    Args:
+        name: of the computation.
+        unit: of what it does, in the plural.
+
+    Yields:
+        A function to call with what is done and what there is to do.
+    """
+    tqdm = _tqdm()
+    if tqdm is None:
+        yield _lines(name, unit)
+        return
+    with tqdm(desc=name, unit=f" {unit}", unit_scale=True) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _tqdm() -> Any:
+    """The class of bars, None where none can be drawn: in a file, a pipe or the log of a CI system."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    is_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+    return tqdm if is_notebook or sys.stderr.isatty() else None
+
+
+def _lines(name: str, unit: str) -> Callable[[int, int], None]:
+    started = last = perf_counter()
+
+    def update(done: int, total: int) -> None:
+        nonlocal last
+        now = perf_counter()
+        if done >= total or now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            share = f"{done / max(total, 1):.0%}"
+            sys.stderr.write(f"{name}: {share}, {done:,} of {total:,} {unit}, {now - started:.0f} s\n")
+            sys.stderr.flush()
+
+    return update
