@@ -45,6 +45,8 @@ MINUTES = 9.0  # for all stages together, but in a dry run
 POLL_SECONDS = 0.05
 ENDING_ROUNDS = 100  # of looking for processes that are to end: some start others meanwhile
 WINDOW = 20  # batches at the start and at the end of a training whose mean losses are compared
+# tests of this check itself, of what compilers make for GPUs that are not there, of files, and of perf checks on a CPU
+WITHOUT_A_GPU = ("test_gpu_check.py", "test_static.py", "test_report.py", "test_perf_gate.py")
 # why a profiler may not be able to read the counters
 UNREADABLE = r"ERR_NVGPUCTRPERM|permission|not supported|[Dd]river resource|in use by|LibraryNotLoaded"
 
@@ -242,8 +244,7 @@ def bit_identity(check: Check) -> str:
 
 def tests(check: Check) -> str:
     needs("pytest")
-    # this check does not test itself
-    selected = ["--ignore=tests/test_gpu_check.py"]
+    selected = ["-m", "slow or not slow", *(f"--ignore=tests/{name}" for name in WITHOUT_A_GPU)]
     if check.dry:
         selected = ["tests/test_edges.py", "tests/test_max_correlation.py", "-k", "edges or small_maps and 17-16"]
     workers = min(2 if check.dry else 16, os.cpu_count() or 1)
@@ -324,6 +325,7 @@ def warm_up(check: Check) -> str:
     if check.dry:
         sizes = {"channels": 16, "height": 2, "width": 2, "num-classes": 8, "k-nearest": 3, "batch-size": 4}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    options += ["--dtype", "bfloat16"] if check.dry else []
     with fresh_caches() as (_, variables):
         started = monotonic()
         check.python("-m", "qaconv_triton.warmup", *options, "--device", check.device, **variables)
@@ -524,10 +526,10 @@ def main(arguments: list[str] | None = None) -> None:
                 seconds = max(1.0, end - monotonic()) * left[stage] / sum(left.values())
                 print(f"{stage}:" + (f" up to {seconds:.0f} s" if math.isfinite(seconds) else ""), flush=True)
                 outcomes.append(perform(check, stage, STAGES[stage][0], seconds))
+                del left[stage]
                 print(
                     f"{stage}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s: {outcomes[-1].figure}", flush=True
                 )
-                del left[stage]
                 _save(check.folder / summary_name, summary(outcomes, check, title))
                 if check.signal is not None:
                     break
