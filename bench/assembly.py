@@ -29,6 +29,7 @@ class Code:
     async_copies: int  # to shared memory; none on gfx942, where Triton's pipelines pass through registers
     narrowest_async_copy: int  # bits of a thread
     widest_load: int  # bits of a thread, of global memory to registers
+    zero_additions: int  # NVIDIA: of a float and zero, fused with a product or not, which would keep the sign of a -0
 
 
 def read(compiled: Any) -> Code:
@@ -56,6 +57,7 @@ def _nvidia(cubin: bytes) -> Code:
         async_copies=count["LDGSTS"] + count["UTMALDG"],
         narrowest_async_copy=min((_bits(name) for name in names if name.startswith("LDGSTS")), default=0),
         widest_load=max((_bits(name) for name in names if name.startswith("LDG.")), default=0),
+        zero_additions=len(re.findall(r"\bF(?:FMA|ADD)2?(?:\.\S+)? .*\bRZ\b", sass)),
     )
 
 
@@ -92,6 +94,7 @@ def _amd(assembly: str) -> Code:
         async_copies=len(loads[True]),
         narrowest_async_copy=min(loads[True], default=0),
         widest_load=max(loads[False], default=0),
+        zero_additions=0,
     )
 
 

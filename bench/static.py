@@ -41,7 +41,7 @@ from qaconv_triton.kernels import config, cosine_topk, max_correlation, tuning
 from qaconv_triton.kernels.edges import inverse_list
 from qaconv_triton.kernels.panels import Panel
 
-from . import assembly, measure, table
+from . import assembly, barriers, measure, table
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
@@ -92,6 +92,9 @@ class Report:
     async_copies: int = 0
     narrowest_async_copy: int = 0
     widest_load: int = 0
+    zero_additions: int = 0
+    handed_over: tuple[str, ...] = ()  # NVIDIA: arguments that point to memory which is both stored and loaded
+    unguarded: tuple[str, ...] = ()  # of these, where no barrier keeps the threads in step
 
 
 COLUMNS = (
@@ -349,6 +352,11 @@ def report(case: Case, arch: str, number: int = 0) -> Report:
         verdict = f"pruned: shared memory beyond {limit}"
     products = ", ".join(f"{count} {name}" for name, count in code.tensor_core.items())
     known = asdict(code) | {"tensor_core": products}
+    if "ptx" in compiled.asm:
+        arguments = [name for name, kind in specialised(recorder)[0].items() if kind != "constexpr"]
+        handed = barriers.hand_overs(compiled.asm["ptx"])
+        for name, positions in (("handed_over", handed.shared), ("unguarded", handed.unguarded)):
+            known[name] = tuple(arguments[position] for position in sorted(positions))
     return Report(
         **names, is_shipped=number == 0, verdict=verdict, shared=shared, threads=threads, seconds=seconds, **known
     )

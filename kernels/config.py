@@ -20,6 +20,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which fe
 WORKSPACE_BYTES = 256 * 2**20  # of cosine top-k on the CPU, beyond O(N K)
 PARTIAL_BYTES = 128 * 2**20  # of maxima of maps that take more than one tile, where only sums of them are wanted
 LARGEST_TILE = 64  # locations
+MAX_GRID = 2**31 - 1  # programs on the first axis of a launch (CUDA programming guide); 65,535 on the others
+MAX_MAP_ELEMENTS, MAX_MAP_AXIS = 2**30, 2**20  # of locations and channels: offsets in a map have 32 bits
+MAX_ROWS = 2**30  # of a table that is searched: ids, and the counts of candidates, have 32 bits
 AMD = 942  # gfx942 stands for every AMD GPU
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import bars as guessing
 from . import config, tuning
 from .panels import PINNED_BYTES, Panel, Panels, Progress
-from .tiles import dot, sortable, unsortable
+from .tiles import LOWEST, dot, sortable, unsortable
 
 EMPTY = tl.constexpr(-(2**63))  # below every entry
 HIGHEST_ENTRY = tl.constexpr(2**63 - 1)
@@ -159,6 +159,10 @@ def _select_kernel(
     p_list = p_lists + o_row[:, None].to(tl.int64) * room
     m_entry = m_row[:, None] & (o_l[None, :] < tl.minimum(b_count, room)[:, None])
     b_entry = tl.load(p_list + o_l[None, :], mask=m_entry, other=EMPTY)
+    b_bar = tl.load(p_bars + o_row, mask=m_row, other=0)
+    if REPLAY:
+        b_settled = tl.load(p_settled + o_row, mask=m_row, other=0)
+    tl.debug_barrier()  # below, a list's entries, its count and its bar are replaced: every thread has read them before
     # Halve [low, high) until k entries reach low, or it holds one number only; fewer than k reach high.
     b_low = tl.full([BM], EMPTY, tl.int64)
     b_high = tl.max(b_entry, axis=1) + 1
@@ -171,10 +175,9 @@ def _select_kernel(
         searching = searching & (b_reach != k) & (b_low + 1 < b_high)
     m_keep = m_entry & (b_entry >= b_low[:, None])
     b_last = tl.min(tl.where(m_keep, b_entry, HIGHEST_ENTRY), axis=1)
-    b_bar = tl.load(p_bars + o_row, mask=m_row, other=0)
     if REPLAY:  # the k-th found so far is yet to be kept: the bar stays below it
         tl.store(p_bars + o_row, tl.where(b_count < k, b_bar, tl.maximum(b_bar, b_last - 1)), mask=m_row)
-        tl.store(p_counts + o_row, tl.load(p_settled + o_row, mask=m_row, other=0), mask=m_row)
+        tl.store(p_counts + o_row, b_settled, mask=m_row)
     else:
         tl.store(p_bars + o_row, tl.where(b_count < k, b_bar, tl.maximum(b_bar, b_last)), mask=m_row)
         tl.store(p_counts + o_row, tl.minimum(b_count, k), mask=m_row)
@@ -349,7 +352,7 @@ class Walk:
                     each.cut(self.k)
                 longest = max(each.longest for each in lists)
             certain = max(1, (self.room - longest) // entries_a_step)
-            steps = min(max(planned, certain), last - step)
+            steps = min(max(planned, certain), last - step, max(1, config.MAX_GRID // tiles_m))
             settled = [each.counts.clone() for each in lists]
             other = row_lists if column_lists is None else column_lists
             kernel = _append_kernel[(tiles_m * steps,)](
@@ -543,7 +546,8 @@ def _panel_size(
 def _pack(similarity: Tensor) -> Tensor:
     """The bar below every entry of `similarity` or more."""
     bits = similarity.float().view(torch.int32)
-    return ((bits ^ ((bits >> 31) & (2**31 - 1))).to(torch.int64) << 32) | LAST_ID.value
+    sign = bits >> 31  # as `tiles.sortable`
+    return ((((bits & (2**31 - 1)) ^ sign) - sign).to(torch.int64) << 32) | LAST_ID.value
 
 
 def ordered(entries: Tensor) -> tuple[Tensor, Tensor]:
@@ -551,7 +555,13 @@ def ordered(entries: Tensor) -> tuple[Tensor, Tensor]:
     count, k = entries.shape
     similarities = torch.empty(count, k, dtype=torch.float32, device=entries.device)
     ids = torch.empty(count, k, dtype=torch.int64, device=entries.device)
-    if entries.numel():
+    if k > LONGEST:  # comparing all with all is slow
+        for rows in torch.arange(count, device=entries.device).split(max(1, AT_ONCE // k)):
+            best = entries[rows].sort(dim=1, descending=True).values
+            key = (best >> 32).to(torch.int32)
+            similarities[rows] = (key.abs() | (key & LOWEST.value)).view(torch.float32)  # as `tiles.unsortable`
+            ids[rows] = ((best & LAST_ID.value) ^ LAST_ID.value) - 1
+    elif entries.numel():
         tiles, num_warps, num_stages = config.order(k)
         _order_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
             entries, similarities, ids, count, k, **tiles, num_warps=num_warps, num_stages=num_stages

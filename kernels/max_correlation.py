@@ -47,7 +47,9 @@ def _norms_kernel(
         for i_c in range(0, C, BC):
             o_c = i_c + tl.arange(0, BC)
             m_c = o_c < C
-            b_map = tl.load(p_map + o_c[None, :] * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0)
+            b_map = tl.load(
+                p_map + o_c[None, :].to(tl.int64) * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
+            )
             b_squares += squares(b_map)
         tl.store(p_rnorm + i_slot * S + o_r, inverse_norm(b_squares), mask=o_r < S)
 
@@ -131,7 +133,7 @@ def _forward_kernel(
             i_next_g = tl.load(p_index + i_p * K + i_first)
             if NORMALIZE:
                 i_next_slot = tl.load(p_slots + i_p * K + i_first)
-        i_g = i_next_g
+        is_pair = i_next_g >= 0  # carried by the loop, which `i_g = i_next_g` would not be: Triton sees one value
 
         # Tile i_tile is multiplied after the one before it is reduced: what it takes to do so is on its way meanwhile.
         for i_tile in range(0, count + 1):
@@ -140,12 +142,22 @@ def _forward_kernel(
             i_r = (tl.maximum(i_tile - 1, 0) % tiles) * BR
             o_r = i_r + tl.arange(0, BR)
             m_r = (o_r < S) & (i_tile > 0)
-            is_pair = i_g >= 0
             is_last = (i_r + BR >= S) & (i_tile > 0)
             if NORMALIZE:
                 b_corr *= b_rnorm[:, None]
-            b_corr = tl.where(is_pair, b_corr, float("nan"))
+            if HAS_INDEX:
+                b_corr = tl.where(is_pair, b_corr, float("nan"))
             b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
+            o_out = i_pair * width + (0 if SUM else S) + o_r
+            if SPLIT:  # What the blocks of s before this one have stored. The reductions below synchronise the threads:
+                # all of them have loaded it before one of them replaces it.
+                m_seen = m_r & (i_s > 0)
+                b_seen = tl.where(m_seen, sortable(tl.load(p_pooled + o_out, mask=m_seen, other=0.0)), LOWEST)
+                if SUM:
+                    o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
+                    b_before = tl.load(p_sums + i_pair + o_one, mask=(o_one + i_s > 0) & is_last, other=0.0)
+                else:
+                    b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
 
             b_best = tl.max(b_key, axis=0)
             b_arg = tl.min(tl.where(b_key == b_best[None, :], o_r[:, None], HIGHEST), axis=0)
@@ -155,12 +167,8 @@ def _forward_kernel(
 
             b_best_r = tl.max(b_key, axis=1)
             b_arg_r = tl.min(tl.where(b_key == b_best_r[:, None], o_s[None, :], HIGHEST), axis=1)
-            o_out = i_pair * width + (0 if SUM else S) + o_r
-            if SPLIT:  # the blocks of s before this one
-                m_seen = m_r & (i_s > 0)
-                b_seen = tl.where(m_seen, sortable(tl.load(p_pooled + o_out, mask=m_seen, other=0.0)), LOWEST)
+            if SPLIT:
                 if not SUM:
-                    b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
                     b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
                 b_best_r = tl.maximum(b_best_r, b_seen)
             if SPLIT or not SUM:
@@ -175,8 +183,9 @@ def _forward_kernel(
                 b_sums += tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
                 b_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
                 o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
-                b_before = tl.load(p_sums + i_pair + o_one, mask=(o_one + i_s) > 0, other=0.0)
-                b_sum = tl.sum(b_sums[None, :], axis=1) + b_before
+                b_sum = tl.sum(b_sums[None, :], axis=1)
+                if SPLIT:
+                    b_sum += b_before
                 tl.store(p_sums + i_pair + o_one, b_sum, mask=(o_one == 0) & is_last)
             else:
                 tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
@@ -186,6 +195,7 @@ def _forward_kernel(
 
             # the tile of this turn; none in the last
             i_g = i_next_g
+            is_pair = i_g >= 0
             i_slot = i_next_slot
             i_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
             i_next_g = tl.cast(i_k, tl.int64)
@@ -197,7 +207,7 @@ def _forward_kernel(
             o_new_r = (i_tile % tiles) * BR + tl.arange(0, BR)
             m_new_r = (o_new_r < S) & (i_tile < count)
             if NORMALIZE:
-                b_rnorm = tl.load(p_rnorm + i_slot * S + o_new_r, mask=m_new_r & (i_g >= 0), other=0.0)
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_new_r, mask=m_new_r & is_pair, other=0.0)
             p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
             p_neighbor += o_new_r[:, None].to(tl.int64) * stride_gallery_s
             # [BR, BC] @ [BC, BS] -> [BR, BS]
@@ -205,7 +215,9 @@ def _forward_kernel(
             if RESIDENT:
                 o_c = tl.arange(0, BC)
                 b_neighbor = tl.load(
-                    p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_new_r[:, None] & (o_c < C)[None, :], other=0.0
+                    p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
+                    mask=m_new_r[:, None] & (o_c < C)[None, :],
+                    other=0.0,
                 )
                 b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
             else:
@@ -213,7 +225,9 @@ def _forward_kernel(
                     o_c = i_c + tl.arange(0, BC)
                     m_c = o_c < C
                     b_neighbor = tl.load(
-                        p_neighbor + o_c[None, :] * stride_gallery_c, mask=m_new_r[:, None] & m_c[None, :], other=0.0
+                        p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
+                        mask=m_new_r[:, None] & m_c[None, :],
+                        other=0.0,
                     )
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
                     if WIDEN:
@@ -234,6 +248,7 @@ def forward(
     """
     probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
+    _check_sizes(probe, gallery, neighbors)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
     rnorm = inverse_norms(gallery, edges) if normalize_gallery else pooled.new_empty(0)
@@ -253,6 +268,7 @@ def pair_sums(
     """
     probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
+    _check_sizes(probe, gallery, neighbors)
     sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
     if sums.numel() == 0 or gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
@@ -274,6 +290,21 @@ def pair_sums(
             _launch_forward(probe, gallery, ids, order, some, rnorm, over_s, weight=weight, sums=found)
         sums[:, part] = found
     return sums
+
+
+def _check_sizes(probe: Tensor, gallery: Tensor, neighbors: int) -> None:
+    probes, locations, channels = probe.shape
+    if locations * channels > config.MAX_MAP_ELEMENTS or max(locations, channels) > config.MAX_MAP_AXIS:
+        raise ValueError(
+            f"expected maps of at most {config.MAX_MAP_ELEMENTS} elements, {config.MAX_MAP_AXIS} locations and "
+            f"{config.MAX_MAP_AXIS} channels, got {locations} locations and {channels} channels"
+        )
+    share = config.neighbors_per_program(probes, neighbors)
+    if max(probes * triton.cdiv(neighbors, share), gallery.shape[0]) > config.MAX_GRID:
+        raise ValueError(
+            f"{probes} probes with {neighbors} of {gallery.shape[0]} gallery maps are too many for one launch: "
+            "expected fewer probes at a time"
+        )
 
 
 def _order(group: Tensor | None) -> Tensor | None:
@@ -343,6 +374,7 @@ def _probe_gradient_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    IS_FP16: tl.constexpr = p_out.dtype.element_ty == tl.float16 and not WIDEN
     i_p = tl.program_id(0).to(tl.int64)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
     o_c = tl.program_id(2) * BC + tl.arange(0, BC)
@@ -372,12 +404,18 @@ def _probe_gradient_kernel(
             b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
             b_weight = match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r)
             if NORMALIZE:
-                b_weight *= tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)[None, :]
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
+                if not IS_FP16:
+                    b_weight *= b_rnorm[None, :]
             b_neighbor = tl.load(
-                p_neighbor + o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c,
+                p_neighbor
+                + o_r[:, None].to(tl.int64) * stride_gallery_s
+                + o_c[None, :].to(tl.int64) * stride_gallery_c,
                 mask=m_r[:, None] & m_c[None, :],
                 other=0.0,
             ).to(tl.float32 if WIDEN else p_out.dtype.element_ty)
+            if NORMALIZE and IS_FP16:  # weights times 1 / norm may leave the range of fp16, unit vectors do not
+                b_neighbor = (b_neighbor.to(tl.float32) * b_rnorm[:, None]).to(tl.float16)
             # [BS, BR] @ [BR, BC] -> [BS, BC]
             b_out = dot(b_weight.to(b_neighbor.dtype), b_neighbor, b_out, PRECISION)
 
@@ -482,7 +520,7 @@ def _gallery_gradient_kernel(
     m_out = m_r[:, None] & m_c[None, :] & (i_g >= 0)
     if NORMALIZE:
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
-        o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :] * stride_gallery_c
+        o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
         b_unit = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0).to(tl.float32)
         b_unit *= b_rnorm[:, None]
         b_out = (b_out - b_unit * b_along[:, None]) * b_rnorm[:, None]

@@ -26,16 +26,19 @@ def sortable(values):
     """Map float32 to int32 in the same order: NaN above everything, -0 equal to +0.
 
     Integer maxima propagate NaN and break ties as we say, on every device and in the interpreter; float ones do not.
+    The sign of a zero is dropped by integers, too: compilers fuse `values + 0.0` with the product before it, whose
+    underflow is then -0 again.
     """
-    bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 is +0
+    bits = values.to(tl.int32, bitcast=True)
     bits = tl.where(values != values, HIGHEST, bits)  # one NaN, positive
-    return bits ^ ((bits >> 31) & HIGHEST)
+    sign = bits >> 31
+    return ((bits & HIGHEST) ^ sign) - sign  # sign and magnitude -> two's complement
 
 
 @triton.jit
 def unsortable(keys):
     """The float32 that `sortable` came from."""
-    return (keys ^ ((keys >> 31) & HIGHEST)).to(tl.float32, bitcast=True)
+    return (tl.abs(keys) | (keys & LOWEST)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

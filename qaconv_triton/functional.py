@@ -19,6 +19,7 @@ from .checks import (
     check_visibility,
     values_may_be_read,
 )
+from .kernels import config
 from .kernels.panels import Progress, with_norms
 from .progress import show_progress
 
@@ -33,6 +34,8 @@ def _embeddings(values: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name}: expected [N, D] or [N, C, H, W], got shape {list(values.shape)}")
     if 0 in values.shape[1:]:
         raise ValueError(f"{name}: expected embeddings of at least one number, got shape {list(values.shape)}")
+    if values.shape[0] > config.MAX_ROWS:
+        raise ValueError(f"{name}: expected at most {config.MAX_ROWS} embeddings, got shape {list(values.shape)}")
     if values.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {values.dtype}")
     if values.dim() == 4:

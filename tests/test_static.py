@@ -33,15 +33,23 @@ LAUNCHES = 64
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
 # bytes that are known to spill, of a launch in eval mode
+# memory that threads of a program pass to each other
+HANDED_OVER = {
+    "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
+    "all pairs forward C=512 S=192": {"p_pooled", "p_argmax"},
+    "all pairs match C=512 S=192": {"p_pooled", "p_sums"},
+    "selection of": {"p_lists", "p_counts", "p_bars"},
+    "replay of": {"p_counts", "p_bars"},
+}
 KNOWN_SPILLS = {(arch, "class path scores alone C=512 S=49 bf16"): 8 for arch in ("sm_86", "sm_89")}
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
-def run(*arguments: str) -> Any:
+def run(*arguments: str, module: str = "static") -> Any:
     # A process of its own: kernels that are interpreted in this one cannot be compiled here.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, "-m", "bench", "static", "--json", *arguments],
+        [sys.executable, "-m", *(["bench", "static", "--json"] if module == "static" else [module]), *arguments],
         cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-4000:]
@@ -120,6 +128,28 @@ def test_forward_and_search_load_sixteen_bytes_at_a_time(shipped: Reports, produ
             else:
                 assert each.narrowest_async_copy >= 32, each
     assert all(each.widest_load == 128 for each in shipped if each.kernel == "_norms_kernel")
+
+
+def test_threads_pass_memory_to_each_other_behind_a_barrier_only(shipped: Reports, arch: str) -> None:
+    """Lists that are compacted in place, maxima and sums over blocks of locations: on every path through the PTX."""
+    for each in shipped:
+        expected = next((names for case, names in HANDED_OVER.items() if each.case.startswith(case)), set())
+        if arch != "gfx942":
+            assert set(each.handed_over) == expected, each
+        assert not each.unguarded, each
+
+
+def test_the_sign_of_a_zero_is_dropped_by_integers(shipped: Reports) -> None:
+    """A float addition of zero would be fused with the product before it, and an underflow stay -0."""
+    for each in shipped:
+        if each.kernel in ("_forward_kernel", "_append_kernel"):
+            assert each.zero_additions == 0, each
+
+
+def test_loops_carry_what_a_later_turn_reads() -> None:
+    loops = run("--arch", WITH_OTHERS, module="bench.loop_carries")
+    assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS}
+    assert [loop for loop in loops if loop["missing"]] == []
 
 
 def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) -> None:
