@@ -117,7 +117,7 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
 
     half, single = (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)
     mixed = ((torch.bfloat16, torch.float32), (torch.float16, torch.float32))  # autocast, over an fp32 class table
-    for dtype, table_dtype in (half, single, *mixed):
+    for dtype, table_dtype in (half, single, *mixed, (torch.float16, torch.float16)):
         for locations in (49, 192):
             shape = f"C=512 S={locations} {TYPES[dtype]}" + (
                 f" on {TYPES[table_dtype]}" if dtype != table_dtype else ""
@@ -149,6 +149,11 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
 
             def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=False)
+
+            if dtype == table_dtype == torch.float16:  # has code of its own in one kernel
+                if locations == 49:
+                    yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
+                continue
 
             none = torch.empty(0, device="meta")
             of_pairs = (argmax, none, probe, gallery)  # prepared maps: no norms

@@ -365,8 +365,8 @@ def test_probe_gradient_of_gallery_maps_of_any_length(
     for row in range(count):
         got, wanted = to_probe[row].double(), true_probe.grad[row]
         assert cosine_between(got, wanted) > 0.99, SHORT_AND_LONG[row]
-        if true_gallery.grad[row].abs().max() < largest:
-            assert to_gallery[row].isfinite().all()
+        if 1e-3 < true_gallery.grad[row].abs().max() < largest:
+            assert cosine_between(to_gallery[row].double(), true_gallery.grad[row]) > 0.99, SHORT_AND_LONG[row]
     assert_gradients(to_probe, true_probe.grad, dtype)
 
 
