@@ -18,7 +18,19 @@ from torch import Tensor
 
 from . import config, tuning
 from .edges import Edges
-from .tiles import HIGHEST, LOWEST, dot, inverse_norm, match_weights, sortable, squares, unsortable
+from .tiles import (
+    HIGHEST,
+    LOWEST,
+    dot,
+    inverse_norm,
+    match_weights,
+    normalized,
+    scale_and_inverse,
+    shift_outside,
+    sortable,
+    squares,
+    unsortable,
+)
 
 
 @triton.jit
@@ -43,19 +55,17 @@ def _norms_kernel(
         o_r = i_r + tl.arange(0, BR)
         m_r = (o_r < S) & (i_g >= 0)
         p_map = p_gallery + i_g * stride_gallery_g + o_r[:, None].to(tl.int64) * stride_gallery_s
-        b_squares = tl.zeros([BR], tl.float32)
-        for i_c in range(0, C, BC):
-            o_c = i_c + tl.arange(0, BC)
-            m_c = o_c < C
-            b_map = tl.load(
-                p_map + o_c[None, :].to(tl.int64) * stride_gallery_c, mask=m_r[:, None] & m_c[None, :], other=0.0
-            )
-            b_squares += squares(b_map)
-        tl.store(p_rnorm + i_slot * S + o_r, inverse_norm(b_squares), mask=o_r < S)
+        b_squares = squares(p_map, m_r, tl.full([BR], 1.0, tl.float32), stride_gallery_c, C, BC)
+        b_shift = shift_outside(b_squares)
+        if tl.max((m_r & (b_shift != 1.0)).to(tl.int32), axis=0) > 0:  # rare: read once more, in few registers
+            b_squares = squares(p_map, m_r, b_shift * b_shift, stride_gallery_c, C, 16)
+        tl.store(p_rnorm + i_slot * S + o_r, inverse_norm(b_squares, b_shift), mask=o_r < S)
 
 
 def inverse_norms(gallery: Tensor, edges: Edges | None) -> Tensor:
     """Launch the norms of `gallery [G, S, C]`: `1 / |g|` over C, fp32 `[G, S]`, or `[T, S]` for the slots of `edges`.
+
+    Those outside the safe range are negative, as `norms.inverse_norms` has them.
 
     They are a pass of their own over the touched maps, which costs less than taking them from the tiles of the product:
     every pair would take them again, and their sums would hold up the products.
@@ -82,6 +92,7 @@ def _forward_kernel(
     p_pooled,  # [P, K, 2S] fp32; with SUM [P, K, S], maxima over s of maps of more than BS locations
     p_argmax,  # [P, K, 2S] uint8 or int16
     p_rnorm,  # [T or G, S] fp32
+    p_outside,  # [] bool: whether some map is outside the safe range
     p_weight,  # [2S] fp32, of the pooled values in p_sums
     p_sums,  # [P, K] fp32
     P,
@@ -95,6 +106,7 @@ def _forward_kernel(
     HAS_INDEX: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr,
     SUM: tl.constexpr,
     RESIDENT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -104,6 +116,9 @@ def _forward_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
+    if NORMALIZE_FIRST:
+        if not tl.load(p_outside):
+            return
     i_program = tl.program_id(0)
     i_p = (i_program % P).to(tl.int64)
     if HAS_ORDER:
@@ -143,7 +158,7 @@ def _forward_kernel(
             o_r = i_r + tl.arange(0, BR)
             m_r = (o_r < S) & (i_tile > 0)
             is_last = (i_r + BR >= S) & (i_tile > 0)
-            if NORMALIZE:
+            if NORMALIZE and not NORMALIZE_FIRST:
                 b_corr *= b_rnorm[:, None]
             if HAS_INDEX:
                 b_corr = tl.where(is_pair, b_corr, float("nan"))
@@ -229,6 +244,8 @@ def _forward_kernel(
                         mask=m_new_r[:, None] & m_c[None, :],
                         other=0.0,
                     )
+                    if NORMALIZE_FIRST:
+                        b_neighbor = normalized(b_neighbor, b_rnorm)
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
                     if WIDEN:
                         b_probe = b_probe.to(tl.float32)
@@ -321,14 +338,14 @@ def _launch_forward(
     share = config.neighbors_per_program(probes, neighbors)
     operands = config.operands(probe.dtype, gallery.dtype)
 
-    def launch(tiling: config.Config) -> Any:
+    def launch(tiling: config.Config, outside: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         return _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
-            probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, weight, sums,
-            probes, neighbors, share, locations, channels, *gallery.stride(),
+            probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, outside,
+            weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),
             HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=rnorm.numel() > 0,
-            SUM=sums is not None, SPLIT=locations > tiles["BS"], **operands, **tiles,
-            num_warps=num_warps, num_stages=num_stages,
+            NORMALIZE_FIRST=outside is not None, SUM=sums is not None, SPLIT=locations > tiles["BS"],
+            **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())
@@ -341,6 +358,18 @@ def _launch_forward(
     variant = _variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels
     launch(tuning.choose(config.correlation_forward, shape, variant, operations, launch))
+    if _may_be_outside(gallery, rnorm):
+        tilings = config.correlation_forward(*shape)
+        launch(next(each for each in tilings if not each.tiles["RESIDENT"]), (rnorm < 0).any())
+
+
+def _may_be_outside(gallery: Tensor, rnorm: Tensor) -> bool:
+    """Whether raw maps may have norms outside the safe range, which fp16 does not reach.
+
+    The products of such maps leave the range of fp32. A second launch, which ends at once where there are none, takes
+    them anew with maps that are normalised before they are multiplied: the host need not know of it.
+    """
+    return rnorm.numel() > 0 and gallery.dtype != torch.float16
 
 
 def _variant(probe: Tensor, gallery: Tensor, flags: list[str]) -> str:
@@ -358,6 +387,7 @@ def _probe_gradient_kernel(
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
+    p_outside,  # [] bool: whether some map is outside the safe range
     p_scale,  # [1] fp32, brings the gradients into the range of half precision
     p_out,  # [P, S, C]
     K,
@@ -368,6 +398,7 @@ def _probe_gradient_kernel(
     stride_gallery_c,
     HAS_INDEX: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    NORMALIZE_FIRST: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
@@ -375,6 +406,9 @@ def _probe_gradient_kernel(
     BC: tl.constexpr,
 ):
     IS_FP16: tl.constexpr = p_out.dtype.element_ty == tl.float16 and not WIDEN
+    if NORMALIZE_FIRST:
+        if not tl.load(p_outside):
+            return
     i_p = tl.program_id(0).to(tl.int64)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
     o_c = tl.program_id(2) * BC + tl.arange(0, BC)
@@ -403,19 +437,20 @@ def _probe_gradient_kernel(
             b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
             b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
             b_weight = match_weights(b_arg_s, b_grad_s, b_arg_r, b_grad_r, o_s, o_r)
-            if NORMALIZE:
-                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
-                if not IS_FP16:
-                    b_weight *= b_rnorm[None, :]
             b_neighbor = tl.load(
                 p_neighbor
                 + o_r[:, None].to(tl.int64) * stride_gallery_s
                 + o_c[None, :].to(tl.int64) * stride_gallery_c,
                 mask=m_r[:, None] & m_c[None, :],
                 other=0.0,
-            ).to(tl.float32 if WIDEN else p_out.dtype.element_ty)
-            if NORMALIZE and IS_FP16:  # weights times 1 / norm may leave the range of fp16, unit vectors do not
-                b_neighbor = (b_neighbor.to(tl.float32) * b_rnorm[:, None]).to(tl.float16)
+            )
+            if NORMALIZE:
+                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
+                if NORMALIZE_FIRST or IS_FP16:  # weights times 1 / norm may leave the range of fp16
+                    b_neighbor = normalized(b_neighbor, b_rnorm)
+                else:
+                    b_weight *= b_rnorm[None, :]
+            b_neighbor = b_neighbor.to(tl.float32 if WIDEN else p_out.dtype.element_ty)
             # [BS, BR] @ [BR, BC] -> [BS, BC]
             b_out = dot(b_weight.to(b_neighbor.dtype), b_neighbor, b_out, PRECISION)
 
@@ -434,17 +469,20 @@ def probe_gradient(
         return out.zero_()
     scale, operands = gradient_scale(grad), config.operands(probe.dtype, gallery.dtype)
 
-    def launch(tiling: config.Config) -> Any:
+    def launch(tiling: config.Config, outside: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
         return _probe_gradient_kernel[grid](
-            grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, scale, out,
+            grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, outside, scale, out,
             grad.shape[1], locations, channels, *gallery.stride(),
-            HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, **operands, **tiles,
-            num_warps=num_warps, num_stages=num_stages,
+            HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, NORMALIZE_FIRST=outside is not None,
+            **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    launch(_backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch))
+    tiling = _backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch)
+    launch(tiling)
+    if _may_be_outside(gallery, rnorm):
+        launch(tiling, (rnorm < 0).any())
     return out
 
 
@@ -521,12 +559,15 @@ def _gallery_gradient_kernel(
     if NORMALIZE:
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
-        b_unit = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0).to(tl.float32)
-        b_unit *= b_rnorm[:, None]
-        b_out = (b_out - b_unit * b_along[:, None]) * b_rnorm[:, None]
+        b_map = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0)
+        b_out -= normalized(b_map, b_rnorm) * b_along[:, None]
+    b_out /= scale  # before norms that may leave little room
+    if NORMALIZE:
+        b_scale, b_inverse = scale_and_inverse(b_rnorm)
+        b_out = b_out * b_inverse[:, None] * b_scale[:, None]
     i_row = i_slot if COMPACT else i_g
     o_out = i_row * S * C + o_r[:, None] * C + o_c[None, :]
-    tl.store(p_out + o_out, (b_out / scale).to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
 def gallery_gradient(

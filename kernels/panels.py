@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .norms import with_norms
+
 PINNED_BYTES = 2**31  # of a panel in page-locked host memory
 Progress = Callable[[int, int], None]  # is told what is done of a search, and what there is to do
-TAME = 1e15  # norms between 1 / TAME and TAME can be multiplied in fp32
 
 
 class Panel(NamedTuple):
@@ -21,21 +22,6 @@ class Panel(NamedTuple):
     rows: Tensor
     rnorm: Tensor
     first: int
-
-
-def with_norms(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[n, D]` and their inverse norms in fp32; rows too long or short for it are scaled, by a power of two."""
-    norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    wild = ((norm > 1 / TAME) & (norm < TAME)).logical_not().nonzero().flatten()
-    if wild.numel():
-        largest = rows[wild].abs().amax(1).float()
-        wild, largest = wild[largest > 0], largest[largest > 0]
-    if wild.numel():
-        exponent = largest.log2().floor().clamp(-126, 126)
-        rows = rows.clone()
-        rows[wild] = (rows[wild].float() * torch.exp2(-exponent).unsqueeze(1)).to(rows.dtype)
-        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return rows, torch.where(norm == 0, 0.0, norm.reciprocal())
 
 
 def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:

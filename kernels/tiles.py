@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
+from .norms import RANGES
+
 LOWEST = tl.constexpr(-(2**31))  # below the sortable form of every float, -inf included
 HIGHEST = tl.constexpr(2**31 - 1)
+SAFE = tl.constexpr(RANGES[torch.float32].safe)
+SHIFT = tl.constexpr(RANGES[torch.float32].shift)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -42,17 +47,53 @@ def unsortable(keys):
 
 
 @triton.jit
-def squares(values):
-    """Sums of squares of the rows of `[X, Y]`, fp32 `[X]`."""
-    wide = values.to(tl.float32)
-    return tl.sum(wide * wide, axis=1)
+def squares(
+    p_rows,  # [X, 1]
+    m_rows,  # [X]
+    b_scale,  # [X]
+    stride,  # of the columns
+    C,
+    BC: tl.constexpr,
+):
+    """Sums of squares of rows of C columns, each row times its scale, fp32 `[X]`."""
+    b_squares = tl.zeros_like(b_scale)
+    for i_c in range(0, C, BC):
+        o_c = i_c + tl.arange(0, BC)
+        b_rows = tl.load(
+            p_rows + o_c[None, :].to(tl.int64) * stride, mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0
+        )
+        b_rows = b_rows.to(tl.float32) * b_scale[:, None]
+        b_squares += tl.sum(b_rows * b_rows, axis=1)
+    return b_squares
 
 
 @triton.jit
-def inverse_norm(total):
-    """`1 / sqrt(total)` of sums of squares, and zero for a zero vector."""
-    is_zero = total == 0.0
-    return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, total)))
+def shift_outside(b_squares):
+    """SHIFT, or its inverse, for vectors too short, or too long, for their squares to be exact; else 1."""
+    b_shift = tl.where(b_squares > SAFE * SAFE, 1 / SHIFT, 1.0)
+    return tl.where(b_squares < 1 / (SAFE * SAFE), SHIFT, b_shift)
+
+
+@triton.jit
+def inverse_norm(b_squares, b_shift):
+    """As `norms.inverse_norms`, from sums of squares of vectors times `b_shift` squared."""
+    is_zero = b_squares == 0.0
+    b_inverse = tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, b_squares)))
+    return b_inverse * tl.where(b_shift == 1.0, 1.0, -b_shift)
+
+
+@triton.jit
+def scale_and_inverse(b_rnorm):
+    """As `norms.scale_and_inverse`."""
+    b_scale = tl.where(b_rnorm < 0.0, tl.where(b_rnorm < -1.0, SHIFT, 1 / SHIFT), 1.0)
+    return b_scale, tl.abs(b_rnorm)
+
+
+@triton.jit
+def normalized(values, b_rnorm):
+    """Unit rows of `[X, Y]` in fp32, from their inverse norms `[X]` as of `inverse_norm`."""
+    b_scale, b_inverse = scale_and_inverse(b_rnorm)
+    return values.to(tl.float32) * b_scale[:, None] * b_inverse[:, None]
 
 
 @triton.jit

@@ -8,9 +8,7 @@ would read. Runs on any device; CUDA tensors come here in fp64, or when `QACONV_
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import groupby
 from math import prod
 from typing import NamedTuple
@@ -21,23 +19,14 @@ from torch.nn.functional import embedding_bag, max_pool2d
 
 from .kernels.config import argmax_dtype
 from .kernels.edges import Edges
+from .kernels.norms import accumulation_dtype as accumulation_dtype
+from .kernels.norms import inverse_norms, normalized, scale_and_inverse
 
 BLOCK = 2**20  # correlations at a time
 LARGER = 4  # blocks by so much where all that remains of a pair is a number
 MAPS = 2**21  # numbers of the gallery maps at a time
 SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
 ENTRIES = 2**17  # terms of the gradients' sums at a time
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def inverse_norm(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """`1 / |v|` over the last axis in `dtype`; zero for a zero vector."""
-    norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
-    return torch.where(norm == 0, 0.0, norm.reciprocal())
 
 
 class Scratch:
@@ -139,7 +128,6 @@ class Pairs:
 
 def _correlations(
     pairs: Pairs,
-    half: torch.dtype,
     normalize_gallery: bool,
     rnorm: Tensor | None = None,
     slots: Tensor | None = None,
@@ -147,7 +135,7 @@ def _correlations(
 ) -> Iterator[tuple[Block, Tensor]]:
     """Every block and its correlations `[L, k, r, m, s]`, good until the next is asked for.
 
-    Inverse norms, where wanted, go to rows `slots [P*K]` of `rnorm`.
+    Inverse norms, as of `kernels.norms`, go to rows `slots [P*K]` of `rnorm` where that is given.
     """
     locations = pairs.locations
     if slots is not None and pairs.index is not None:
@@ -158,16 +146,21 @@ def _correlations(
         ids = pairs.ids(block)
         maps = pairs.maps(block, ids)
         probe = pairs.probe[block.probes].reshape(lists, sharing * locations, pairs.channels)
+        factor = None
+        if normalize_gallery:
+            norms = inverse_norms(maps)
+            if (norms < 0).any():
+                maps = normalized(maps, norms)
+            else:
+                factor = norms.view(lists, -1, 1)
+            if rnorm is not None:
+                rows = block.span if slots is None else slots[block.probes, block.span][::sharing].flatten()
+                rnorm[rows] = norms.flatten(0, 1)
         shape = lists, maps.shape[1] * locations, sharing * locations
         corr = pairs.scratch("corr", shape, pairs.dtype)
-        with _products(half):
-            torch.bmm(maps.flatten(1, 2), probe.mT, out=corr)  # [L, k*r, m*s]
-        if normalize_gallery:
-            norms = inverse_norm(maps, pairs.dtype)
-            corr *= norms.view(lists, -1, 1)
-        if rnorm is not None:
-            rows = block.span if slots is None else slots[block.probes, block.span][::sharing].flatten()
-            rnorm[rows] = norms.flatten(0, 1)
+        torch.bmm(maps.flatten(1, 2), probe.mT, out=corr)  # [L, k*r, m*s]
+        if factor is not None:
+            corr *= factor
         if ids is not None and ids.numel() and ids.min() < 0:
             corr.view(*ids.shape, -1)[ids < 0] = torch.nan
         yield block, corr.view(lists, -1, locations, sharing, locations)
@@ -185,42 +178,6 @@ def _max(values: Tensor) -> tuple[Tensor, Tensor]:
     if is_nan.any():
         where = torch.where(is_nan, values.isnan().to(torch.uint8).argmax(1), where)
     return best, where
-
-
-class _Products:
-    """Multiply fp32 copies of bf16 maps as bf16 with fp32 sums, where the CPU can.
-
-    oneDNN knows this as a setting of the process: meanwhile fp32 products of other threads are taken so as well. It is
-    set back when the last of those inside has left.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
-        self.before = "none"
-
-    @contextmanager
-    def __call__(self, dtype: torch.dtype) -> Iterator[None]:
-        settings = torch.backends.mkldnn
-        if dtype != torch.bfloat16 or not hasattr(settings, "matmul"):  # torch < 2.9
-            yield
-            return
-        with self.lock:
-            if self.inside == 0:
-                before = settings.matmul.fp32_precision
-                self.before = "none" if before == settings.fp32_precision else before  # inherited: stays so
-                settings.matmul.fp32_precision = "bf16"
-            self.inside += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.inside -= 1
-                if self.inside == 0:
-                    settings.matmul.fp32_precision = self.before
-
-
-_products = _Products()
 
 
 def max_correlation(
@@ -243,7 +200,7 @@ def max_correlation(
     if gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), norms
     places = None if edges is None else edges.slots
-    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery, rnorm, places):
+    for block, corr in _correlations(pairs, normalize_gallery, rnorm, places):
         lists, count, _, sharing, _ = corr.shape
         over_r = _max(corr.view(-1, locations, sharing * locations))
         turned = pairs.scratch("turned", (lists, sharing * locations, count * locations), pairs.dtype)
@@ -269,7 +226,7 @@ def pair_sums(
     sums = probe.new_empty(probe.shape[0], pairs.neighbors, dtype=pairs.dtype)
     if gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    for block, corr in _correlations(pairs, probe.dtype, normalize_gallery, larger=LARGER):
+    for block, corr in _correlations(pairs, normalize_gallery, larger=LARGER):
         over_r, over_s = corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)  # both [L, m, k, S]
         sums[block.probes, block.span] = (over_r @ weight[:locations] + over_s @ weight[locations:]).flatten(0, 1)
     return pairs.restored(sums)
@@ -283,6 +240,10 @@ class Saved(NamedTuple):
     argmax: Tensor
     rnorm: Tensor
     edges: Edges | None
+
+    def slots(self, pair: Tensor) -> Tensor:
+        """Rows of `rnorm` for some pairs."""
+        return pair % self.rnorm.shape[0] if self.edges is None else self.edges.slots[pair]
 
 
 def max_correlation_backward(
@@ -313,16 +274,16 @@ class Terms:
     """The terms of some pairs `pair [E]` in the gradients: their 2S matches, every s with its best r, then the reverse.
 
     The gradient of the correlation is zero but for these. `s` and `r` are locations `[E, 2S]`, `weights` likewise.
+    These are divided by the lengths of the raw maps where the terms are with such maps.
     """
 
-    def __init__(self, saved: Saved, pair: Tensor) -> None:
+    def __init__(self, saved: Saved, pair: Tensor, raw: bool) -> None:
         arg_r, arg_s = saved.argmax[pair].to(torch.int32).chunk(2, dim=1)
         here = torch.arange(arg_r.shape[1], dtype=torch.int32, device=pair.device).expand_as(arg_r)
         self.s, self.r = torch.cat([here, arg_s], dim=1), torch.cat([arg_r, here], dim=1)
         self.weights = saved.grad[pair]
-        if saved.rnorm.numel():
-            slots = pair % saved.rnorm.shape[0] if saved.edges is None else saved.edges.slots[pair]
-            self.weights = self.weights * saved.rnorm[slots].gather(1, self.r.long())
+        if raw:
+            self.weights = self.weights * saved.rnorm[saved.slots(pair)].gather(1, self.r.long())
 
 
 class Sums:
@@ -352,7 +313,8 @@ def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
         return total
     device, locations = total.device, pairs.locations
     everyone = torch.arange(total.shape[0], device=device) if pairs.order is None else pairs.order
-    in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous()
+    outside = bool((saved.rnorm < 0).any())  # the safe range: such maps are normalised first
+    in_place = pairs.gallery.dtype == pairs.dtype and pairs.gallery.is_contiguous() and not outside
     most_pairs, most_maps = max(1, ENTRIES // (2 * locations)), max(1, MAPS // (locations * pairs.channels))
     for block in pairs.blocks(most_pairs, most_maps, most_pairs if in_place else most_maps):
         part = total[block.probes]
@@ -364,11 +326,13 @@ def _to_probe(saved: Saved, pairs: Pairs) -> Tensor:
         table, met = pairs.gallery, ids
         if not in_place:
             table = pairs.maps(block, lists).flatten(0, 1)
+            if outside:
+                table = normalized(table, saved.rnorm[saved.slots(pair[:: block.sharing].flatten())])
             met = torch.arange(table.shape[0], device=device).view(block.lists, -1)
             met = met.repeat_interleave(block.sharing, dim=0)
         there = ids >= 0  # or else pairs of NaN, and zero times NaN is NaN
         pair, own, met = (values[there] for values in (pair, own, met))
-        terms = Terms(saved, pair)
+        terms = Terms(saved, pair, raw=saved.rnorm.numel() > 0 and not outside)
         places, rows = ((of * locations).unsqueeze(1) + on for of, on in ((own, terms.s), (met, terms.r)))
         sums = Sums(places, part.shape[0] * locations)
         part += sums.of_rows(table.flatten(0, 1), rows, terms.weights).view_as(part)
@@ -400,15 +364,20 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         else:
             pair = edges[bounds[0] : bounds[-1]]
             met = pair // neighbors
-        terms = Terms(saved, pair)
+        terms = Terms(saved, pair, raw=False)
         places, rows_met = ((of * locations).unsqueeze(1) + on for of, on in ((own, terms.r), (met, terms.s)))
         sums = Sums(places, ids.shape[0] * locations)
         part = sums.of_rows(table, rows_met, terms.weights)
         if saved.rnorm.numel():
-            norms = saved.rnorm[first : first + ids.shape[0]].view(-1, 1)
+            norms = saved.rnorm[first : first + ids.shape[0]].view(-1)
             along = sums.of(saved.grad[pair] * saved.pooled[pair])  # the part that normalising removes
             maps = scratch.rows("maps", gallery, ids, part.dtype).flatten(0, 1)
-            part.addcmul_(maps, along * norms.square(), value=-1.0)
+            if (norms < 0).any():
+                scale, factor = scale_and_inverse(norms.unsqueeze(1))
+                part.addcmul_(normalized(maps, norms), along, value=-1.0).mul_(factor).mul_(scale)
+            else:
+                norms = norms.unsqueeze(1)
+                part.addcmul_(maps, along * norms, value=-1.0).mul_(norms)
         where = slice(first, first + most) if shape[0] == slots.shape[0] else ids
         out[where] = part.view(-1, locations, channels).to(out.dtype)
     return out

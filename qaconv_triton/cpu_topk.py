@@ -20,7 +20,8 @@ from torch import Tensor
 from . import reference
 from .cpu import accumulation_dtype
 from .kernels import bars as guessing
-from .kernels.panels import Progress, with_norms
+from .kernels.norms import with_norms
+from .kernels.panels import Progress
 
 TILE = 512  # rows and columns of a product
 HEIGHT, WIDTH = 1024, 2048  # of a block: powers of two, at least TILE

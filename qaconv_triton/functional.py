@@ -20,7 +20,8 @@ from .checks import (
     values_may_be_read,
 )
 from .kernels import config
-from .kernels.panels import Progress, with_norms
+from .kernels.norms import accumulation_dtype, with_norms
+from .kernels.panels import Progress
 from .progress import show_progress
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -206,7 +207,7 @@ def _progress(progress: bool | Progress) -> Iterator[None]:
 def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by rising id."""
     candidates = candidates.sort(dim=1).values
-    similarities = torch.empty(candidates.shape, device=candidates.device)
+    similarities = torch.empty(candidates.shape, dtype=torch.float32, device=candidates.device)
     table, rnorm = with_norms(table)
     step = max(1, (2**28 if candidates.is_cuda else 2**22) // (table.shape[1] * candidates.shape[1]))
     for start in range(0, len(table), step):
@@ -231,8 +232,7 @@ def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) ->
     The arithmetic is fp32 (fp64 for fp64), whatever the maps' dtype. A zero vector stays zero.
     """
     batch, _, height, width = maps.shape
-    wide = maps.permute(0, 2, 3, 1)
-    wide = wide.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    wide = maps.permute(0, 2, 3, 1).to(accumulation_dtype(maps.dtype)).contiguous()
     unit = reference.normalize(wide)
     if visibility is not None:
         unit = unit * visibility.to(unit.dtype).reshape(batch, height, width, 1)

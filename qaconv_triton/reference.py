@@ -11,10 +11,17 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
+from .kernels.norms import power_of_two
+
 
 def normalize(maps: Tensor) -> Tensor:
-    """Scale the last axis of `maps [..., C]` to unit length; a zero vector stays zero and gets a zero gradient."""
-    return maps * inverse_norm(maps)
+    """Scale the last axis of `maps [..., C]` to unit length; a zero vector stays zero and gets a zero gradient.
+
+    Any finite length is right, and so is the gradient, as far as the dtype can hold it.
+    """
+    scaled = maps * power_of_two(maps)
+    unit: Tensor = scaled * inverse_norm(scaled)
+    return unit
 
 
 def inverse_norm(maps: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from eager import DEVICE, LABELS, C, Eager, H, K, N, S, W, assert_close, build, gallery_inputs, ids, maps, visibility
@@ -12,7 +10,7 @@ from test_max_correlation import UNROUNDED, best_and_margin, correlation
 from torch import Tensor
 from torch.nn import functional as F
 
-from qaconv_triton import QAConv, cpu, ops, reference
+from qaconv_triton import QAConv, ops, reference
 from qaconv_triton import matcher as matcher_module
 from qaconv_triton.kernels import config
 
@@ -282,54 +280,3 @@ def test_scores_are_those_of_the_correspondences() -> None:
     pooled = torch.cat([found.similarity_a.flatten(1), found.similarity_b.flatten(1)], dim=1)
     expected = reference.pair_scores(pooled, matcher.bn, matcher.fc, matcher.logit_bn)
     assert_close(matcher.match_pairs(a, b), expected, 1e-12)
-
-
-# --- bf16 on the CPU
-
-
-@pytest.fixture
-def setting(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """oneDNN's precision of fp32 products, which those of bf16 maps are taken by."""
-    found = getattr(torch.backends.mkldnn, "matmul", None)
-    if found is None:
-        pytest.skip("torch before 2.9 has no such setting")
-    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    return found
-
-
-def test_products_of_bf16_leave_the_process_as_it_was(setting: Any) -> None:
-    before = setting.fp32_precision
-    check(prepared(3, 1, (33, 7, 7), torch.bfloat16), prepared(3, 2, (33, 7, 7), torch.bfloat16), None, None, False)
-    assert setting.fp32_precision == before
-
-    def fail() -> None:
-        assert setting.fp32_precision == "bf16"
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"), cpu._products(torch.bfloat16):
-        fail()
-    assert setting.fp32_precision == before
-
-
-def test_products_of_bf16_in_two_threads_leave_the_process_as_it_was(setting: Any) -> None:
-    before = setting.fp32_precision
-    first, second = (cpu._products(torch.bfloat16) for _ in range(2))
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert setting.fp32_precision == "bf16"
-    second.__exit__(None, None, None)
-    assert setting.fp32_precision == before
-
-
-def test_products_of_bf16_do_not_pin_what_was_inherited(setting: Any) -> None:
-    parent = torch.backends.mkldnn
-    before = parent.fp32_precision
-    try:
-        with cpu._products(torch.bfloat16):
-            pass
-        for value in ("ieee", "bf16"):
-            parent.fp32_precision = value
-            assert setting.fp32_precision == value
-    finally:
-        parent.fp32_precision = before

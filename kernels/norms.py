@@ -1,0 +1,91 @@
+"""Norms of vectors of any finite length: powers of two keep their squares within the range of the dtype.
+
+Sums of squares of fp32 vectors overflow from a norm of 2e19 on and vanish below 1e-22. Scaling by a power of two is
+exact, so the norm, the unit vector and its gradient are those of the vector as it came.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Range(NamedTuple):
+    """What a dtype holds. `safe`: norms from 1 / safe to safe can be squared, and multiplied with each other.
+
+    `shift`: brings the inverse of any other norm into the range of the dtype. `exponent`: of its largest power of two
+    whose inverse is a normal number.
+    """
+
+    safe: float
+    shift: float
+    exponent: int
+
+
+RANGES = {torch.float32: Range(2.0**50, 2.0**48, 126), torch.float64: Range(2.0**400, 2.0**360, 1022)}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def power_of_two(vectors: Tensor) -> Tensor:
+    """A power of two for each of `vectors [..., C]`, `[..., 1]`, that brings its largest value near 1."""
+    largest = vectors.detach().abs().amax(-1, keepdim=True)
+    largest = largest.to(accumulation_dtype(vectors.dtype))
+    bound = RANGES[largest.dtype].exponent
+    return torch.exp2(-torch.frexp(largest).exponent.clamp(-bound, bound).to(largest.dtype))
+
+
+def inverse_norms(vectors: Tensor) -> Tensor:
+    """`1 / |v|` of `vectors [..., C]`, `[...]`, in the dtype of sums; zero for a zero vector. Reads values back.
+
+    An inverse outside the safe range is stored negative, nearer to 1 by the factor `shift`: see `scale_and_inverse`.
+    """
+    dtype = accumulation_dtype(vectors.dtype)
+    safe, shift, _ = RANGES[dtype]
+    norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
+    inverse = torch.where(norm == 0, 0.0, norm.reciprocal())
+    outside = (norm < 1 / safe) | (norm > safe)
+    if outside.any():
+        unsafe = vectors[outside].to(dtype)
+        scale = power_of_two(unsafe)
+        scaled = torch.linalg.vector_norm(unsafe * scale, dim=-1)
+        toward_one = torch.where(norm[outside] < 1, scaled.new_tensor(1 / shift), shift)
+        inverse[outside] = torch.where(scaled == 0, 0.0, -scale.squeeze(-1) * toward_one / scaled)
+    return inverse
+
+
+def scale_and_inverse(inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is `1 / |v|`, from what `inverse_norms` returns: a power of two and a positive number.
+
+    Neither of them overflows, nor does a vector times the first.
+    """
+    shift = RANGES[inverse.dtype].shift
+    scale = torch.where(inverse < -1, inverse.new_tensor(shift), 1 / shift)
+    return torch.where(inverse < 0, scale, 1.0), inverse.abs()
+
+
+def normalized(vectors: Tensor, inverse: Tensor) -> Tensor:
+    """Unit vectors `[..., C]` in the dtype of `inverse [...]`, which `inverse_norms` returns."""
+    scale, factor = scale_and_inverse(inverse)
+    return vectors.to(inverse.dtype) * scale.unsqueeze(-1) * factor.unsqueeze(-1)
+
+
+def with_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`vectors [..., C]` and `1 / |v|` `[...]` in the dtype of sums; those outside the safe range are scaled.
+
+    Two of the vectors returned, and two of their inverse norms, can be multiplied with each other. Reads values back.
+    """
+    dtype = accumulation_dtype(vectors.dtype)
+    inverse = inverse_norms(vectors)
+    outside = inverse < 0
+    if outside.any():
+        unsafe = vectors[outside]
+        vectors = vectors.clone()
+        vectors[outside] = (unsafe.to(dtype) * power_of_two(unsafe)).to(vectors.dtype)
+        inverse[outside] = inverse_norms(vectors[outside])
+    return vectors, inverse

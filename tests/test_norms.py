@@ -1,0 +1,341 @@
+"""Maps and embeddings of any finite norm are normalised right, forward and backward.
+
+Lengths are powers of two here, so that the truth is known: the unit vector does not depend on the length, and the
+gradient is that of vectors of ordinary length, divided by it. Those are vectors for fp64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_gradients, assert_values
+from torch import Tensor
+from torch.nn import functional as F
+
+from qaconv_triton import QAConv, functional, ops, reference
+from qaconv_triton.kernels import norms
+
+# of the longest and shortest vectors, and of those around the places where squares, cubes or products leave the range
+EXPONENTS = {
+    torch.float64: [-1074, -1060, -1022, -565, -532, -400, 0, 340, 400, 511, 565, 1010, 1020],
+    torch.float32: [-149, -140, -126, -75, -51, -43, 0, 43, 50, 64, 90, 120, 124],
+    torch.bfloat16: [-120, -75, -43, 0, 43, 64, 124],
+    torch.float16: [-20, -14, -7, 0, 6, 12],
+}
+
+# NumPy's, of interpreted kernels: products that a second launch replaces
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+def lengthened(ordinary: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`ordinary` (fp64) times 2^exponents, rounded to `dtype`; and what that is, of ordinary length, in fp64."""
+    # in two steps: the factor itself may be beyond fp64
+    half = exponents // 2
+    values = (ordinary * torch.exp2(half.double()) * torch.exp2((exponents - half).double())).to(dtype)
+    return values, values.double() * torch.exp2(-half.double()) * torch.exp2((half - exponents).double())
+
+
+def exponents_for(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Exponents of `dtype`, every one of them, in `shape [B, 1, H, W]`."""
+    known = torch.tensor(EXPONENTS[dtype])
+    count = torch.Size(shape).numel()
+    assert count >= len(known)
+    return known.repeat(-(-count // len(known)))[:count][torch.randperm(count)].view(shape)
+
+
+def shortened(gradient: Tensor, exponents: Tensor) -> Tensor:
+    """A gradient to vectors times 2^exponents as one to vectors of ordinary length, in fp64."""
+    half = exponents // 2
+    return gradient.double() * torch.exp2(half.double()) * torch.exp2((exponents - half).double())
+
+
+def held(gradient: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the vectors' gradient, `gradient` times 2^-exponents, is within the range of `dtype`: `[B, 1, H, W]`."""
+    largest = gradient.abs().amax(1, keepdim=True).log2() - exponents
+    smallest = torch.where(gradient == 0, torch.inf, gradient.abs()).amin(1, keepdim=True).log2() - exponents
+    limits = torch.finfo(dtype)
+    low, high = torch.tensor([limits.tiny, limits.max], dtype=torch.float64).log2()
+    return ((largest < high - 1) & (smallest > low + 1)) | (largest == -torch.inf)
+
+
+def assert_lengthened_gradients(got: Tensor, true: Tensor, exponents: Tensor, dtype: torch.dtype) -> None:
+    """Assert that `got` is `true` times 2^-exponents, within `dtype`, where its own dtype can hold that: mostly.
+
+    Elsewhere it is as near as its dtype comes: Inf and small numbers, but no NaN.
+    """
+    within = held(true, exponents, got.dtype)
+    assert within.double().mean() > 0.5
+    assert not got.isnan().any()
+    assert_gradients(
+        torch.where(within, shortened(got, exponents).nan_to_num(), 0), torch.where(within, true, 0), dtype
+    )
+
+
+# --- normalisation
+
+
+@pytest.mark.parametrize("dtype", EXPONENTS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_maps_of_any_length(weighted: bool, dtype: torch.dtype, device: torch.device) -> None:
+    exponents = exponents_for(dtype, 3, 1, 3, 5)
+    maps, ordinary = lengthened(torch.randn(3, 12, 3, 5, dtype=torch.float64), exponents, dtype)
+    visibility = torch.rand(3, 1, 3, 5) if weighted else None
+    upstream = torch.randn(3, 12, 3, 5, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (ordinary, visibility) if tensor is not None]
+    expected = F.normalize(ordinary, dim=1, eps=0.0) * (1.0 if visibility is None else visibility.double())
+    to_maps, *to_visibility = torch.autograd.grad(expected, leaves, upstream)
+
+    inputs = [tensor.detach().to(device).requires_grad_() for tensor in (maps, visibility) if tensor is not None]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    unit = functional.prepare_maps(inputs[0], inputs[1] if weighted else None, wide)
+    got, *got_visibility = torch.autograd.grad(unit, inputs, upstream.to(device, wide))
+    assert_values(unit.cpu(), expected.detach(), wide)
+    assert_lengthened_gradients(got.cpu(), to_maps, exponents, dtype)
+    if weighted:
+        assert_gradients(got_visibility[0].cpu(), to_visibility[0], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-100, 0, 100])
+def test_a_vector_of_unlike_channels(exponent: int, dtype: torch.dtype) -> None:
+    """One huge channel beside tiny ones: their squares vanish, not their gradients."""
+    values = torch.tensor([[1.0, 2.0**-30, -(2.0**-40)], [3.0, 0.0, 2.0**-20]], dtype=torch.float64)
+    maps, ordinary = lengthened(values, torch.tensor(exponent), dtype)
+    upstream = torch.tensor([[0.5, 1.0, 2.0], [1.0, -1.0, 1.0]], dtype=torch.float64)
+    expected = F.normalize(ordinary.requires_grad_(), dim=1)
+    expected.backward(upstream)
+    unit = reference.normalize(maps.requires_grad_())
+    unit.backward(upstream.to(dtype))
+    torch.testing.assert_close(unit.double(), expected, rtol=1e-6, atol=0)
+    gradient = shortened(maps.grad, torch.tensor(exponent))
+    torch.testing.assert_close(gradient, ordinary.grad, rtol=1e-5, atol=1e-6)  # the radial part cancels
+
+
+def test_a_length_beyond_the_largest_number() -> None:
+    maps = torch.full((1, 64, 1, 1), 3e38, requires_grad=True)
+    unit = functional.prepare_maps(maps, None, torch.float32)
+    unit[:, :32].sum().backward()
+    torch.testing.assert_close(unit, torch.full_like(unit, 0.125))
+    true = torch.cat([torch.full((32,), 0.5), torch.full((32,), -0.5)]).double() / (8 * 3e38)
+    torch.testing.assert_close(maps.grad.flatten().double(), true, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", EXPONENTS, ids=str)
+def test_zero_vectors_among_any_others(dtype: torch.dtype) -> None:
+    maps, _ = lengthened(torch.randn(2, 4, 1, 13, dtype=torch.float64), exponents_for(dtype, 2, 1, 1, 13), dtype)
+    maps[:, :, :, ::3] = 0
+    maps.requires_grad_()
+    unit = functional.prepare_maps(maps, None, dtype)
+    unit.backward(torch.randn_like(unit))
+    assert unit[..., ::3].eq(0).all()
+    assert maps.grad[..., ::3].eq(0).all()
+    assert maps.grad.isnan().logical_not().all()
+    assert unit[..., 1::3].norm(dim=1).sub(1).abs().max() < 1e-2
+
+
+def test_prepared_maps_gradcheck() -> None:
+    maps = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    visibility = torch.rand(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: functional.prepare_maps(*inputs, torch.float64), (maps, visibility))
+
+
+def test_no_value_is_read_back_to_normalise() -> None:
+    """Meta tensors have none."""
+    maps = torch.empty(2, 3, 2, 2, device="meta", requires_grad=True)
+    functional.prepare_maps(maps, torch.ones(2, 1, 2, 2, device="meta"), torch.bfloat16).sum().backward()
+    assert maps.grad.shape == maps.shape
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_at_its_location(bad: float) -> None:
+    maps = torch.randn(2, 5, 2, 2)
+    maps[:, :, 0, 0] *= 1e30
+    clean = functional.prepare_maps(maps, None, torch.float32)
+    maps[1, 2, 1, 0] = bad
+    unit = functional.prepare_maps(maps, None, torch.float32)
+    assert unit[1, :, 1, 0].isnan().any()
+    unit[1, :, 1, 0] = clean[1, :, 1, 0]
+    assert torch.equal(unit, clean)
+
+
+# --- inverse norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_norms_of_any_length(dtype: torch.dtype) -> None:
+    exponents = exponents_for(dtype, 30, 1)
+    vectors, ordinary = lengthened(torch.randn(30, 7, dtype=torch.float64), exponents, dtype)
+    inverse = norms.inverse_norms(vectors)
+    scale, factor = norms.scale_and_inverse(inverse)
+    assert scale.isfinite().all()
+    assert factor.isfinite().all()
+    true = 1 / ordinary.norm(dim=1)
+    got = shortened(factor, exponents.squeeze(1)) * scale.double()
+    torch.testing.assert_close(got / true, torch.ones(30, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert_values(norms.normalized(vectors, inverse), F.normalize(ordinary, dim=1, eps=0.0), dtype)
+    scaled, inverse = norms.with_norms(vectors)
+    assert_values(scaled * inverse.unsqueeze(1), F.normalize(ordinary, dim=1, eps=0.0), dtype)
+    assert torch.equal(vectors.sign(), scaled.sign())
+
+
+# --- raw gallery maps, as of a class table
+
+
+def raw_case(dtype: torch.dtype, gallery_dtype: torch.dtype, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Prepared probes `[3, C, H, W]`, raw gallery maps `[4, C, H, W]` of any length, the same of ordinary length."""
+    channels, locations = 20, size[0] * size[1]
+    probe = F.normalize(torch.randn(3, channels, *size), dim=1).to(dtype)
+    exponents = exponents_for(gallery_dtype, 4, 1, *size)
+    if gallery_dtype == torch.float32:
+        exponents = exponents.clamp(min=-135)  # shorter ones have so few bits that matches are equal
+    common = torch.randn(1, channels, locations, dtype=torch.float64)[:, :, torch.randperm(locations)].view(
+        1, channels, *size
+    )
+    gallery, ordinary = lengthened(
+        common + torch.randn(4, channels, *size, dtype=torch.float64), exponents, gallery_dtype
+    )
+    return probe, gallery, ordinary, exponents
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gallery_dtype", "size", "indexed"),
+    [
+        (torch.float32, torch.float32, (2, 3), True),
+        (torch.float32, torch.float32, (2, 3), False),
+        pytest.param(torch.float32, torch.float32, (11, 6), True, marks=pytest.mark.slow),  # of more than one tile
+        (torch.bfloat16, torch.float32, (2, 3), True),
+        (torch.bfloat16, torch.bfloat16, (2, 3), True),
+        (torch.float16, torch.float32, (2, 3), True),
+        (torch.float64, torch.float64, (2, 3), True),
+    ],
+    ids=str,
+)
+def test_raw_maps_of_any_length(
+    dtype: torch.dtype, gallery_dtype: torch.dtype, size: tuple[int, int], indexed: bool, backend: str,
+    device: torch.device,
+) -> None:  # fmt: skip
+    probe, gallery, ordinary, exponents = raw_case(dtype, gallery_dtype, size)
+    index = torch.tensor([[2, 0], [1, 3], [2, 2]], device=device) if indexed else None
+    true_probe, true_gallery = probe.double().requires_grad_(), ordinary.requires_grad_()
+    expected = reference.max_correlation(
+        reference.locations(true_probe), reference.locations(true_gallery), None if index is None else index.cpu(), True
+    )
+    probe, gallery = probe.to(device).requires_grad_(), gallery.to(device).requires_grad_()
+    pooled = ops.max_correlation(probe, gallery, index, None, True, False)[0]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # where the maps are rounded to half precision, so may be which location is best: both get no gradient then
+    coarse = dtype if dtype in (torch.bfloat16, torch.float16) else wide
+    assert_values(pooled.cpu(), expected, coarse)
+    upstream = torch.randn_like(expected)
+    if coarse != wide:
+        upstream *= margins(true_probe.detach(), ordinary.detach(), index) > 0.03
+    expected.backward(upstream)
+    pooled.backward(upstream.to(device, pooled.dtype))
+    assert_gradients(probe.grad.cpu(), true_probe.grad, dtype)
+    assert_lengthened_gradients(gallery.grad.cpu(), true_gallery.grad, exponents, coarse)
+    weight = torch.rand(pooled.shape[-1], dtype=pooled.dtype, device=device) / pooled.shape[-1]
+    sums = ops.pair_sums(probe.detach(), gallery.detach(), index, None, True, weight)
+    assert_values(sums.cpu(), expected.detach() @ weight.cpu().double(), coarse)
+
+
+def margins(probe: Tensor, gallery: Tensor, index: Tensor | None) -> Tensor:
+    """By how much a pooled value's location is better than the second best, `[P, K, 2S]`."""
+    probe, gallery = reference.locations(probe), reference.normalize(reference.locations(gallery))
+    near = gallery.expand(len(probe), *gallery.shape) if index is None else gallery[index.cpu()]
+    corr = torch.einsum("psc,pkrc->pkrs", probe, near)
+    best = [corr.topk(2, dim=axis).values.diff(dim=axis).abs().squeeze(axis) for axis in (2, 3)]
+    return torch.cat(best, dim=-1)
+
+
+@pytest.mark.parametrize("length", [1.0, 1e30, 1e-30])
+def test_what_is_not_finite_stays_in_its_pairs(length: float, backend: str, device: torch.device) -> None:
+    """NaN and Inf at a location, beside zero vectors and maps of any length."""
+    probe = F.normalize(torch.randn(2, 6, 2, 2), dim=1)
+    gallery = torch.randn(4, 6, 2, 2)
+    gallery[0, :, 0, 0] = 0
+    gallery[1, 3, 0, 1] = torch.nan
+    gallery[2, 2, 1, 1] = torch.inf
+    expected = reference.max_correlation(reference.locations(probe), reference.locations(gallery), None, True)
+    scaled = gallery.clone()
+    scaled[:, :, :, 1] *= length
+    pooled = ops.max_correlation(probe.to(device), scaled.to(device), None, None, True, False)[0].cpu()
+    assert expected[:, [0, 3]].isfinite().all()
+    assert expected[:, 1:3].isnan().sum() == 2 * 2 * 5
+    assert_values(pooled, expected, torch.float32)
+
+
+# --- the class path, and class graphs
+
+
+@pytest.mark.parametrize("length", [3e37, 1e-38])
+def test_class_tables_of_any_length(length: float, backend: str, device: torch.device) -> None:
+    """A class table of 3e38 gave NaN, one of 1e20 zeros."""
+    matcher = QAConv(8, 2, 2, num_classes=5, k_nearest=2).to(device)
+    features = torch.randn(3, 8, 2, 2, device=device)
+    labels = torch.tensor([0, 4, 4], device=device)
+    upstream = torch.randn(3, 2, device=device)
+
+    def run() -> tuple[Tensor, ...]:
+        maps = features.clone().requires_grad_()
+        scores = matcher.train().class_scores(maps, labels)
+        gradients = torch.autograd.grad(scores.values, (maps, matcher.class_embed), upstream)
+        with torch.no_grad():
+            alone = matcher.eval().class_scores(maps, labels).values
+        return scores.classes, scores.values.detach(), alone, *gradients
+
+    classes, values, alone, to_maps, to_table = run()
+    matcher.bn.reset_running_stats()
+    matcher.logit_bn.reset_running_stats()
+    matcher.reset_class_neighbors()
+    with torch.no_grad():
+        matcher.class_embed.mul_(length)
+    got = run()
+    assert torch.equal(got[0], classes)
+    torch.testing.assert_close(got[1], values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[2], alone, rtol=1e-4, atol=1e-4)
+    assert_gradients(got[3], to_maps, torch.float32)
+    within = to_table.abs() / length
+    within = ((within < 1e38) & (within > 1e-37)) | (to_table == 0)
+    assert within.double().mean() > 0.5 or length > 1e30
+    assert_gradients(torch.where(within, got[4].double() * length, 0), torch.where(within, to_table, 0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_embeddings_of_any_length(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    exponents = exponents_for(dtype, 60, 1)
+    table, ordinary = lengthened(torch.randint(-3, 4, (60, 16)).double(), exponents, dtype)
+    unit = F.normalize(ordinary, dim=1, eps=0.0)
+    similarity = unit @ unit.mT
+    queries = functional.topk_cosine(table.to(device), table.to(device), 5)
+    graph = functional.class_neighbors(table.to(device), 5, return_similarities=True)
+    for (values, ids), truth in ((queries, similarity), (graph, similarity.clone().fill_diagonal_(-torch.inf))):
+        best = truth.topk(5).values
+        assert (truth.gather(1, ids.cpu()) - best).abs().max() < 1e-6
+        assert_values(values.cpu(), best, torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+# --- settings of the process
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_products_of_bf16_change_no_setting(
+    indexed: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Not for a moment: other threads multiply meanwhile. And they are exact, with sums in fp32."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a setting of the process was changed")
+
+    setter = "_set_fp32_precision_setter"
+    if hasattr(torch._C, setter):  # torch >= 2.9
+        monkeypatch.setattr(torch._C, setter, fail)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", fail)
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
+    probe, gallery = (F.normalize(torch.randn(3, 64, 3, 3), dim=1).bfloat16() for _ in range(2))
+    index = torch.tensor([[0, 2], [1, 1], [2, 0]]) if indexed else None
+    expected = reference.max_correlation(*(reference.locations(maps.double()) for maps in (probe, gallery)), index)
+    index = None if index is None else index.to(device)
+    pooled = ops.max_correlation(probe.to(device), gallery.to(device), index, None, False, False)[0]
+    assert_values(pooled.cpu(), expected, torch.float32)
