@@ -416,7 +416,7 @@ def cosine_topk(
     best = torch.full((len(queries), k), EMPTY.value, dtype=torch.int64, device=device)
     if best.numel() == 0:
         return ordered(best)
-    bars = torch.full((len(queries),), EMPTY.value, device=device)
+    bars = torch.full((len(queries),), EMPTY.value, dtype=torch.int64, device=device)
     guess = None if previous is None else guessing.remember(queries, table, previous, dtype)
     if guess is None and (plan := guessing.sample(*table.shape, k)) is not None:
         chosen, rank = plan
@@ -430,7 +430,7 @@ def cosine_topk(
     for start in range(0, len(short), AGAIN):
         rows = short[start : start + AGAIN]
         again = torch.full((len(rows), k + (keys is None)), EMPTY.value, dtype=torch.int64, device=device)
-        none = torch.full((len(rows),), EMPTY.value, device=device)
+        none = torch.full((len(rows),), EMPTY.value, dtype=torch.int64, device=device)
         _search(queries[rows.to(queries.device)], table, again.shape[1], again, none, workspace_bytes, dtype, None)
         best[rows] = again if keys is not None else _without(rows, again)
     return ordered(best)

@@ -23,6 +23,7 @@ from .kernels import bars as guessing
 from .kernels.norms import with_norms
 from .kernels.panels import Progress
 
+CPU = torch.device("cpu")
 TILE = 512  # rows and columns of a product
 HEIGHT, WIDTH = 1024, 2048  # of a block: powers of two, at least TILE
 GROUP = 4  # rows whose maximum is compared first, when columns are looked at
@@ -52,7 +53,7 @@ def cosine_topk(
     operands = queries, table, rnorm_queries, rnorm_keys
     bars = None if previous is None else guessing.remember(queries, table, previous, queries.dtype)
     bars = _guess(*operands, k) if bars is None else bars
-    own = torch.arange(len(queries)) if keys is None else None
+    own = torch.arange(len(queries), device=CPU) if keys is None else None
     search = _Search(*operands, k, bars, own, symmetric=keys is None, workspace_bytes=workspace_bytes)
     short = []
     for rows, best in search.run(progress):
@@ -112,9 +113,10 @@ class _Lists:
     """Growing lists of entries: similarities, ids and their number; what they are compared with is not kept here."""
 
     def __init__(self, count: int, room: int) -> None:
-        self.values, self.ids = torch.empty(count, room), torch.empty(count, room, dtype=torch.int32)
-        self.counts = torch.zeros(count, dtype=torch.int64)
-        self.starts = torch.arange(count) * room
+        self.values = torch.empty(count, room, dtype=torch.float32, device=CPU)
+        self.ids = torch.empty(count, room, dtype=torch.int32, device=CPU)
+        self.counts = torch.zeros(count, dtype=torch.int64, device=CPU)
+        self.starts = torch.arange(count, device=CPU) * room
 
     def room(self) -> int:
         return self.values.shape[1]
@@ -123,7 +125,7 @@ class _Lists:
         """Append `values` and `ids`, sorted by list; `counts` of them go to the lists from `first` on."""
         here = slice(first, first + len(counts))
         starts = self.starts[here] + self.counts[here] + counts - counts.cumsum(0)
-        places = starts.take(lists).add_(torch.arange(len(lists)))
+        places = starts.take(lists).add_(torch.arange(len(lists), device=CPU))
         self.values.view(-1).scatter_(0, places, values)
         self.ids.view(-1).scatter_(0, places, ids.to(torch.int32))
         self.counts[here] += counts
@@ -133,7 +135,7 @@ class _Lists:
         counts = self.counts[rows]
         longest = int(counts.amax())
         packed = _pack(self.values[rows, :longest], self.ids[rows, :longest])
-        return packed.masked_fill_(torch.arange(longest) >= counts.unsqueeze(1), EMPTY)
+        return packed.masked_fill_(torch.arange(longest, device=CPU) >= counts.unsqueeze(1), EMPTY)
 
     def replace(self, rows: Tensor, entries: Tensor) -> None:
         k = entries.shape[1]
@@ -164,12 +166,13 @@ class _Search:
             queries = keys if symmetric else queries * rnorm_queries.unsqueeze(1)
         self.queries, self.keys, self.rnorm_queries, self.rnorm_keys = queries, keys, rnorm_queries, rnorm_keys
         self.k, self.own, self.symmetric = k, own, symmetric
-        self.bars = torch.full((len(queries),), -torch.inf) if bars is None else bars
+        self.bars = torch.full_like(rnorm_queries, -torch.inf) if bars is None else bars
         # Rows of a power of two and what does not exist lower than every bar: no division, no edges below.
         height, width = -(-len(queries) // GROUP) * GROUP, 1 << max(len(keys) - 1, 7).bit_length()
-        self.block = torch.full((min(HEIGHT, height), min(WIDTH, width)), -torch.inf)
-        self.scale = torch.empty(self.block.shape)
-        self.above = torch.empty(self.block.shape, dtype=torch.bool)
+        shape = min(HEIGHT, height), min(WIDTH, width)
+        self.block = torch.full(shape, -torch.inf, dtype=torch.float32, device=CPU)
+        self.scale = torch.empty_like(self.block)
+        self.above = torch.empty_like(self.block, dtype=torch.bool)
         room = min(len(keys), k + 64 + int(1.3 * guessing.candidates(*keys.shape, k)))
         self.found = _Lists(len(self.block), room)  # by the rows of a block
         self.earlier = _Lists(len(queries), room) if symmetric else None  # by the columns of earlier blocks
@@ -250,7 +253,7 @@ class _Search:
         peaks = torch.le(peaks, bars.unsqueeze(1)).logical_not_().view(-1).nonzero().squeeze(1)
         column = peaks.div(groups, rounding_mode="floor")
         places = ((peaks - column * groups) * (GROUP * width) + column + start).unsqueeze(1)
-        places = (places + torch.arange(GROUP) * width).view(-1)
+        places = (places + torch.arange(GROUP, device=CPU) * width).view(-1)
         values = self.block.take(places)
         above = torch.le(values.view(-1, GROUP), bars.take(column).unsqueeze(1)).logical_not_()
         above = above.view(-1).nonzero().squeeze(1)
@@ -281,7 +284,7 @@ class _Search:
         kept = full.logical_not().take(to).nonzero().squeeze(1)
         counts = counts.masked_fill(full, 0)
         store.append(lists.start, to.take(kept), counts, values.take(kept), ids.take(kept))
-        everyone = torch.arange(first_id, first_id + similarity.shape[1], dtype=torch.int32)
+        everyone = torch.arange(first_id, first_id + similarity.shape[1], dtype=torch.int32, device=CPU)
         for part in full.nonzero().flatten().split(CUT):
             dense = similarity[part]
             entries = _pack(dense, everyone).masked_fill_(dense == -torch.inf, EMPTY)

@@ -242,8 +242,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         grad, pooled, argmax, rnorm, edges, probe, gallery, index, group, rows, needs_probe, needs_gallery
     )
     if rows is not None:
+        values = to_gallery.contiguous()
         to_gallery = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), to_gallery.contiguous(), gallery.shape, is_coalesced=True, check_invariants=False
+            rows.unsqueeze(0), values, gallery.shape, device=values.device, is_coalesced=True, check_invariants=False
         )
     return to_probe if needs_probe else None, to_gallery if needs_gallery else None, None, None, None, None
 

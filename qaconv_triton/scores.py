@@ -38,8 +38,9 @@ class ClassScores:
         """Return the scores as a `torch.sparse_coo` tensor `[B, N]`."""
         rows = torch.arange(self.values.shape[0], device=self.values.device).unsqueeze(1).expand_as(self.classes)
         indices = torch.stack([rows.flatten(), self.classes.clamp(min=0).flatten()])
+        shape = self.values.shape[0], self.num_classes
         return torch.sparse_coo_tensor(
-            indices, self.values.flatten(), (self.values.shape[0], self.num_classes), check_invariants=False
+            indices, self.values.flatten(), shape, device=self.values.device, check_invariants=False
         )
 
 

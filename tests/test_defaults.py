@@ -1,0 +1,132 @@
+"""Results depend neither on torch's default dtype nor on its default device: every allocation names both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tolerances import assert_values
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from qaconv_triton import QAConv
+from qaconv_triton.functional import class_neighbors, max_correlation, topk_cosine
+
+# float64 widens what is left open, bfloat16 rounds it; the kernels' launchers and the CPU path allocate their own.
+CASES = [("torch", torch.bfloat16), ("torch", torch.float64), ("torch", "meta")]
+CASES += [("triton", torch.bfloat16), ("triton", "meta")]
+
+
+@contextmanager
+def default(value: torch.dtype | str) -> Iterator[None]:
+    """Change torch's default dtype, or its default device, for a while."""
+    if isinstance(value, str):
+        with torch.device(value):
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def value(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype | str:
+    """The other default; the backend is chosen as well."""
+    backend, value = request.param
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", backend)
+    return value
+
+
+def check(call: Callable[[], tuple[Tensor, ...]], value: torch.dtype | str) -> None:
+    """Assert that `call` returns the same under another default: values, dtypes and devices."""
+    expected = call()
+    with default(value):
+        results = call()
+    for got, true in zip(results, expected, strict=True):
+        assert (got.dtype, got.device, got.layout) == (true.dtype, true.device, true.layout)
+        got, true = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in (got, true))
+        if true.is_floating_point():
+            assert_values(got, true, true.dtype)
+        else:
+            assert torch.equal(got, true)
+
+
+def exact(count: int, device: torch.device) -> Tensor:
+    """Embeddings of small integers, whose products are exact in fp32 whatever the order of the sum."""
+    return torch.randint(-3, 4, (count, 24), device=device).float()
+
+
+def test_class_neighbors(value: torch.dtype | str, device: torch.device) -> None:
+    table = exact(90, device)
+
+    def call() -> tuple[Tensor, ...]:
+        found = class_neighbors(table, 3, return_similarities=True)
+        return *found, class_neighbors(table, 3, previous=found[1])
+
+    check(call, value)
+
+
+def test_rescored_neighbors(value: torch.dtype | str, device: torch.device) -> None:
+    """Similarities kept in the default dtype mixed up neighbours that differ by less than its rounding."""
+    table = normalize(torch.randn(1, 24, device=device) + 0.1 * torch.randn(60, 24, device=device))
+    similarity = table.double() @ table.double().mT
+    with default(value):
+        similarities, neighbors = class_neighbors(table, 9, rescore=True, return_similarities=True)
+    best = similarity.fill_diagonal_(-torch.inf).topk(9).values
+    assert similarities.dtype == torch.float32
+    assert (similarity.gather(1, neighbors) - best).abs().max() < 1e-6
+
+
+def test_topk_cosine(value: torch.dtype | str, device: torch.device) -> None:
+    queries, keys = exact(20, device), exact(70, device)
+    check(lambda: topk_cosine(queries, keys, 5) + topk_cosine(queries.double(), keys.double(), 5), value)
+
+
+def test_max_correlation(value: torch.dtype | str, device: torch.device) -> None:
+    probe, gallery = (torch.randn(count, 8, 3, 2, device=device, requires_grad=True) for count in (3, 4))
+    visibility = torch.rand(3, 1, 3, 2, device=device)
+    index = torch.tensor([[0, 2], [3, 1], [2, 2]], device=device)
+
+    def call() -> tuple[Tensor, ...]:
+        every = max_correlation(probe, gallery, probe_occ=visibility)
+        some = max_correlation(probe, gallery, index, probe_occ=visibility)
+        return every, some, *torch.autograd.grad(every.square().sum() + some.square().sum(), (probe, gallery))
+
+    check(call, value)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, of interpreted kernels
+@pytest.mark.parametrize(("length", "sparse_grad"), [(1.0, False), (1e30, True)], ids=["dense", "out of range, sparse"])
+def test_class_path(length: float, sparse_grad: bool, value: torch.dtype | str, device: torch.device) -> None:
+    matcher = QAConv(8, 3, 2, num_classes=9, k_nearest=4, include_self=True, sparse_grad=sparse_grad).to(device)
+    with torch.no_grad():
+        matcher.class_embed.mul_(length)
+    features = torch.randn(3, 8, 3, 2, device=device, requires_grad=True)
+    labels = torch.tensor([0, 5, 0], device=device)
+
+    def call() -> tuple[Tensor, ...]:
+        matcher.reset_class_neighbors()
+        matcher.zero_grad()
+        scores = matcher.class_scores(features, labels)
+        weight = torch.linspace(-1, 1, scores.values.numel(), dtype=torch.float32, device=device)
+        (scores.values.flatten() * weight).sum().backward()
+        grads = matcher.class_embed.grad * length, matcher.fc.weight.grad
+        return scores.values, scores.classes, scores.to_dense(), scores.to_sparse(), *grads
+
+    check(call, value)
+
+
+def test_matching(value: torch.dtype | str, device: torch.device) -> None:
+    matcher = QAConv(8, 3, 2).to(device)
+    probe, gallery = (torch.randn(4, 8, 3, 2, device=device) for _ in range(2))
+
+    def call() -> tuple[Tensor, ...]:
+        found = matcher.correspondences(probe, gallery)
+        return matcher.match(probe, gallery), matcher.match_pairs(probe, gallery), *found
+
+    check(call, value)
