@@ -7,6 +7,7 @@ arXiv:2104.01546.
 """
 
 from . import functional
+from .checkpoint import convert_checkpoint
 from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
 from .matcher import Correspondences, QAConv
 from .sampler import GraphSampler
@@ -21,6 +22,7 @@ __all__ = [
     "QAConv",
     "SoftmaxTripletLoss",
     "TripletLoss",
+    "convert_checkpoint",
     "functional",
 ]
 __version__ = "0.1.0"

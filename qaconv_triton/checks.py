@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 CHECKS_VARIABLE = "QACONV_TRITON_CHECKS"
 
 
 def values_may_be_read(tensor: Tensor) -> bool:
-    """Whether looking at values costs no stall: CPU tensors, or CUDA ones when the user asked for checks."""
+    """Whether looking at values costs no stall: CPU tensors, or CUDA ones when the user asked for checks.
+
+    Raises:
+        ValueError: `QACONV_TRITON_CHECKS` is neither empty, "0" nor "1".
+    """
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or os.environ.get(CHECKS_VARIABLE) == "1"
+    wanted = os.environ.get(CHECKS_VARIABLE, "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"{CHECKS_VARIABLE}: expected '0' or '1', got {wanted!r}")
+    return tensor.device.type == "cpu" or wanted == "1"
+
+
+def check_layout(tensor: Tensor, name: str) -> None:
+    """Require a dense tensor: neither sparse nor nested.
+
+    Raises:
+        TypeError: another layout.
+    """
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def refuse_tangent(tensor: Tensor, name: str) -> None:
+    """Refuse a dual tensor of forward-mode differentiation, which nothing here computes.
+
+    Raises:
+        RuntimeError: `tensor` has a tangent.
+    """
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(f"{name} has a forward-mode tangent, but only reverse-mode derivatives are implemented")
 
 
 def check_maps(
@@ -33,6 +64,7 @@ def check_maps(
     """
     if not isinstance(maps, Tensor):
         raise TypeError(f"{name}: expected a tensor [B, C, H, W], got {type(maps).__name__}")
+    check_layout(maps, name)
     expected = ", ".join(
         letter if size is None else str(size)
         for letter, size in (("B", None), ("C", channels), ("H", height), ("W", width))
@@ -68,6 +100,7 @@ def check_visibility(visibility: Tensor, name: str, maps: Tensor) -> None:
     batch, _, height, width = maps.shape
     if not isinstance(visibility, Tensor):
         raise TypeError(f"{name}: expected a tensor [{batch}, 1, {height}, {width}], got {type(visibility).__name__}")
+    check_layout(visibility, name)
     if tuple(visibility.shape) not in ((batch, 1, height, width), (batch, height, width)):
         raise ValueError(
             f"{name}: expected shape [{batch}, 1, {height}, {width}] for feature maps {list(maps.shape)}, "
@@ -90,6 +123,7 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None, device: to
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected an integer tensor [{batch}], got {type(labels).__name__}")
+    check_layout(labels, "labels")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
     if tuple(labels.shape) != (batch,):
@@ -107,24 +141,44 @@ def check_index(index: Tensor, size: int, name: str, items: str) -> None:
     Raises:
         IndexError: naming the first values that are not.
     """
+    if index.is_meta:  # shapes alone
+        return
     outside = (index < 0) | (index >= size)
     if bool(outside.any()):
         first = index[outside][:5].tolist()
         raise IndexError(f"{name}: expected values in [0, {size}) for {size} {items}, got {first}")
 
 
-def check_count(value: int, name: str, *, low: int, high: int | None, why: str) -> None:
-    """Require an int in `[low, high]`; `why` says where the bound comes from.
+def check_count(value: SupportsIndex, name: str, *, low: int, high: int | None, why: str) -> int:
+    """Return an integer, such as an int or a NumPy one, as an int after requiring it in `[low, high]`.
+
+    `why` says where the bound comes from.
 
     Raises:
-        TypeError: not an int.
+        TypeError: not an integer; a bool is none.
         ValueError: outside the range.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    if number < low or (high is not None and number > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bound} ({why}), got {value}")
+        raise ValueError(f"{name} must be {bound} ({why}), got {number}")
+    return number
+
+
+def check_flag(value: bool, name: str) -> None:
+    """Require a bool.
+
+    Raises:
+        TypeError: anything else, a number included.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_finite_rows(table: Tensor, name: str) -> None:

@@ -14,9 +14,12 @@ from .checks import (
     check_count,
     check_device,
     check_finite_rows,
+    check_flag,
     check_index,
+    check_layout,
     check_maps,
     check_visibility,
+    refuse_tangent,
     values_may_be_read,
 )
 from .kernels import config
@@ -31,6 +34,7 @@ def _embeddings(values: Tensor, name: str) -> Tensor:
     """Check `[N, D]` or `[N, C, H, W]` embeddings and flatten them to `[N, D]`, without a copy where possible."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: expected a tensor [N, D] or [N, C, H, W], got {type(values).__name__}")
+    check_layout(values, name)
     if values.dim() not in (2, 4):
         raise ValueError(f"{name}: expected [N, D] or [N, C, H, W], got shape {list(values.shape)}")
     if 0 in values.shape[1:]:
@@ -42,6 +46,7 @@ def _embeddings(values: Tensor, name: str) -> Tensor:
     if values.dim() == 4:
         # Cosine does not mind the order of coordinates: take the one in memory.
         values = values.permute(0, 2, 3, 1) if values.is_contiguous(memory_format=torch.channels_last) else values
+    refuse_tangent(values, name)
     return values.detach().flatten(1)
 
 
@@ -74,7 +79,7 @@ def topk_cosine(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if queries.dim() == 4 and _layout(queries) != _layout(keys):
         flat_queries, flat_keys = queries.detach().flatten(1), keys.detach().flatten(1)
     check_device(queries, "queries", keys.device, "keys")
-    check_count(k, "k", low=1, high=keys.shape[0], why=f"there are {keys.shape[0]} keys")
+    k = check_count(k, "k", low=1, high=keys.shape[0], why=f"there are {keys.shape[0]} keys")
     similarities, indices = ops.cosine_topk(flat_queries, flat_keys, k, None, None, None, None)
     return similarities, indices
 
@@ -159,9 +164,16 @@ def class_neighbors(
     """
     flat = _embeddings(embeddings, "embeddings")
     classes = flat.shape[0]
-    check_count(k, "k", low=1, high=classes - 1, why=f"each of {classes} classes has {classes - 1} others")
+    k = check_count(k, "k", low=1, high=classes - 1, why=f"each of {classes} classes has {classes - 1} others")
     if workspace_bytes is not None:
-        check_count(workspace_bytes, "workspace_bytes", low=1, high=2**63 - 1, why="it bounds memory")
+        workspace_bytes = check_count(workspace_bytes, "workspace_bytes", low=1, high=2**63 - 1, why="it bounds memory")
+    for flag, name in ((return_similarities, "return_similarities"), (rescore, "rescore")):
+        check_flag(flag, name)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress: expected True, False or a function of (done, total), got {progress!r}")
+    target = flat.device if device is None else _device(device)
+    if flat.is_meta or target.type == "meta":
+        raise ValueError(f"embeddings on {flat.device} and device {target}: no values to compare on the meta device")
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype: expected float16, bfloat16, float32 or float64, got {dtype}")
     if dtype is not None and (dtype == torch.float64) != (flat.dtype == torch.float64):
@@ -170,7 +182,6 @@ def class_neighbors(
         _check_previous(previous, classes, k)
     if not torch.compiler.is_compiling():
         check_finite_rows(flat, "embeddings")
-    target = flat.device if device is None else torch.empty(0, device=device).device
     with _progress(progress):
         if rescore and flat.dtype != torch.float64:
             wide = min(k + max(16, k // 4), classes - 1)
@@ -181,10 +192,27 @@ def class_neighbors(
     return (similarities, indices) if return_similarities else indices
 
 
+def _device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on, with its number.
+
+    Raises:
+        TypeError, ValueError: not a device, or none that this torch can use.
+    """
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device: expected a torch.device or its name, got {type(device).__name__}")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ValueError(f"device: {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from error
+
+
 def _check_previous(previous: Tensor, classes: int, k: int) -> None:
     if not isinstance(previous, Tensor) or previous.dtype != torch.int64:
         got = previous.dtype if isinstance(previous, Tensor) else type(previous).__name__
         raise TypeError(f"previous: expected an int64 tensor [{classes}, {k}], got {got}")
+    check_layout(previous, "previous")
+    if previous.is_meta:
+        raise ValueError("previous: no values on the meta device")
     if tuple(previous.shape) != (classes, k):
         raise ValueError(f"previous: expected shape [{classes}, {k}], got {list(previous.shape)}")
     if not torch.compiler.is_compiling():
@@ -284,6 +312,7 @@ def max_correlation(
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
             got = index.dtype if isinstance(index, Tensor) else type(index).__name__
             raise TypeError(f"index: expected an int64 tensor [{probe.shape[0]}, K], got {got}")
+        check_layout(index, "index")
         if index.dim() != 2 or index.shape[0] != probe.shape[0]:
             raise ValueError(f"index: expected shape [{probe.shape[0]}, K], got {list(index.shape)}")
         check_device(index, "index", probe.device, "probe")

@@ -7,17 +7,34 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import cpu, functional, ops
-from .checkpoint import convert_shared_fc
-from .checks import check_count, check_device, check_labels, check_maps, check_visibility, values_may_be_read
+from . import checkpoint, cpu, functional, ops
+from .checks import (
+    check_count,
+    check_device,
+    check_flag,
+    check_index,
+    check_labels,
+    check_layout,
+    check_maps,
+    check_visibility,
+    values_may_be_read,
+)
 from .kernels.panels import Progress
-from .scores import ClassScores, check_pairs, folded, is_frozen, pair_scores
+from .scores import (
+    BatchStatistics,
+    ClassScores,
+    check_pairs,
+    folded,
+    is_frozen,
+    pair_scores,
+    update_running_statistics,
+)
 
 MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
 PAIRS = 256  # of corresponding maps at a time, likewise
@@ -60,9 +77,11 @@ class QAConv(nn.Module):
         sparse_grad: `class_embed.grad` is a `torch.sparse_coo` tensor of the touched rows, for `SparseAdam` or `SGD`,
             as with `nn.Embedding(sparse=True)`. Not under `torch.compile` or `DistributedDataParallel`. The table is
             then laid out as those optimizers need it, contiguous, not channels-last: matching reads it more slowly.
+        shared_fc: one `fc.weight [1, S]` for both halves of the pooled values, whose bias counts twice, as QAConv 2.1
+            and later train it. Then their checkpoints resume exactly, the optimizer's state included.
 
     Raises:
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an integer, a flag that is not a bool.
         ValueError: a size below 1, or `k_nearest` above N - 1.
 
     Example:
@@ -75,7 +94,8 @@ class QAConv(nn.Module):
     """
 
     class_embed: nn.Parameter | None
-    class_neighbors: Tensor | None
+
+    _version = checkpoint.VERSION  # torch writes it into the metadata of a state dict
 
     def __init__(
         self,
@@ -87,48 +107,92 @@ class QAConv(nn.Module):
         *,
         include_self: bool = False,
         sparse_grad: bool = False,
+        shared_fc: bool = False,
     ) -> None:
         super().__init__()
-        for value, name in ((num_features, "num_features"), (height, "height"), (width, "width")):
+        num_features, height, width = (
             check_count(value, name, low=1, high=None, why="the size of a feature map")
-        check_count(k_nearest, "k_nearest", low=1, high=None, why="neighbours per class")
+            for value, name in ((num_features, "num_features"), (height, "height"), (width, "width"))
+        )
+        k_nearest = check_count(k_nearest, "k_nearest", low=1, high=None, why="neighbours per class")
         if num_classes is not None:
-            check_count(num_classes, "num_classes", low=2, high=None, why="a class needs another as its neighbour")
+            why = "a class needs another as its neighbour"
+            num_classes = check_count(num_classes, "num_classes", low=2, high=None, why=why)
             check_count(k_nearest, "k_nearest", low=1, high=num_classes - 1, why=f"num_classes is {num_classes}")
+        for flag, name in ((include_self, "include_self"), (sparse_grad, "sparse_grad"), (shared_fc, "shared_fc")):
+            check_flag(flag, name)
         self.num_features = num_features
         self.height = height
         self.width = width
         self.k_nearest = k_nearest
         self.include_self = include_self
         self.sparse_grad = sparse_grad
+        self.shared_fc = shared_fc
         self.bn = nn.BatchNorm1d(1)
-        self.fc = nn.Linear(2 * height * width, 1)
+        self.fc = nn.Linear((1 if shared_fc else 2) * height * width, 1)
         self.logit_bn = nn.BatchNorm1d(1)
         nn.init.constant_(self.fc.weight, 1.0 / (height * width))
         if num_classes is None:
             self.register_parameter("class_embed", None)
         else:
             table = torch.randn(num_classes, num_features, height, width).div_(num_features**0.5)
-            # torch's optimizers add a sparse gradient to a contiguous parameter only
+            # Channels-last is how kernels read it. With a contiguous table a step takes 1.8 times as long on a CPU, and
+            # kernels lose their wide loads. Torch's optimizers add a sparse gradient to a contiguous parameter only.
             layout = torch.contiguous_format if sparse_grad else torch.channels_last
             self.class_embed = nn.Parameter(table.to(memory_format=layout))
-        self.register_buffer("class_neighbors", None, persistent=False)
+        self._graph: Tensor | None = None
+        self._copied_table: int | None = None  # the version of a copy's table, until the copied graph is used
         self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
         self._kernel: Tensor | None = None
         self._warned_of_gallery_visibility = False
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
 
     @property
     def num_classes(self) -> int | None:
         """N, the number of classes in the table; None without one."""
         return None if self.class_embed is None else self.class_embed.shape[0]
 
+    @property
+    def class_neighbors(self) -> Tensor | None:
+        """The class graph, int64 `[N, K]` on the module's device; None until it is built, or after it is dropped.
+
+        An attribute, not a buffer: it is in no state dict, and is neither averaged nor broadcast. A graph of your own
+        may be assigned.
+
+        Raises:
+            TypeError: assigned something else than an int64 tensor.
+            ValueError: assigned another shape, or without a class table.
+            IndexError: assigned an id outside `[0, N)`.
+        """
+        if self._copied_table is not None and not torch.compiler.is_compiling():
+            # This copy's table was written to before its graph was used, as by averaging: the graph is another's.
+            if self._copied_table != self._table_version():
+                self._graph = None
+            if self._graph is None:
+                self._copied_table = None
+        return self._graph
+
+    @class_neighbors.setter
+    def class_neighbors(self, neighbors: Tensor | None) -> None:
+        if neighbors is not None:
+            table = self._class_table()
+            shape, name = (table.shape[0], self.k_nearest), "class_neighbors"
+            if not isinstance(neighbors, Tensor) or neighbors.dtype != torch.int64:
+                got = neighbors.dtype if isinstance(neighbors, Tensor) else type(neighbors).__name__
+                raise TypeError(f"{name}: expected an int64 tensor {list(shape)}, got {got}")
+            check_layout(neighbors, name)
+            if tuple(neighbors.shape) != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
+            if not neighbors.is_meta:
+                check_index(neighbors, shape[0], name, "classes")
+            neighbors = neighbors.detach().to(table.device)
+        self._graph, self._copied_table = neighbors, None
+
     def extra_repr(self) -> str:
         """Describe the sizes, as `print(matcher)` shows them."""
-        shape = f"{self.num_features}, {self.height}, {self.width}"
-        if self.class_embed is None:
-            return shape
-        return f"{shape}, num_classes={self.num_classes}, k_nearest={self.k_nearest}, include_self={self.include_self}"
+        text = f"{self.num_features}, {self.height}, {self.width}"
+        if self.class_embed is not None:
+            text += f", num_classes={self.num_classes}, k_nearest={self.k_nearest}, include_self={self.include_self}"
+        return text + (", shared_fc=True" if self.shared_fc else "")
 
     def forward(
         self,
@@ -170,7 +234,8 @@ class QAConv(nn.Module):
                 return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
             gal_fea = self._kernel
         self._check_maps(gal_fea, gal_occ, "gal_fea", "gal_occ")
-        scores = self._score_gallery(prob_fea, gal_fea, prob_occ, gal_occ, evaluate=False)
+        scores, statistics = self._score_gallery(prob_fea, gal_fea, prob_occ, gal_occ, evaluate=False)
+        update_running_statistics(statistics)
         if gal_fea is self._kernel:
             self._kernel = None
         return scores
@@ -190,6 +255,14 @@ class QAConv(nn.Module):
             TypeError, ValueError, IndexError: as for `forward`.
         """
         self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
+        scores, statistics, neighbors = self._score_neighbors(prob_fea, labels, prob_occ)
+        self._finish(statistics, neighbors)
+        return scores
+
+    def _score_neighbors(
+        self, prob_fea: Tensor, labels: Tensor, prob_occ: Tensor | None
+    ) -> tuple[ClassScores, list[BatchStatistics], Tensor]:
+        """Score samples as `class_scores` does, without a change of the module: that is left to `_finish`."""
         table = self._class_table()
         classes = table.shape[0]
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
@@ -206,7 +279,16 @@ class QAConv(nn.Module):
         if valid is not None:
             index = torch.where(valid.unsqueeze(1), index, -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-        return ClassScores(self._score(probe, table, index, labels, raw=True, valid=valid), index, classes)
+        scores, statistics = self._score(probe, table, index, labels, raw=True, valid=valid)
+        return ClassScores(scores, index, classes), statistics, neighbors
+
+    def _finish(self, statistics: list[BatchStatistics], neighbors: Tensor | None = None) -> None:
+        """Take over what a call has found, when nothing can fail any more: the graph it built and its statistics."""
+        if neighbors is not None:
+            if neighbors is not self._graph:
+                self._graph = self._last_graph = neighbors
+            self._copied_table = None
+        update_running_statistics(statistics)
 
     @torch.no_grad()
     def match(
@@ -232,7 +314,7 @@ class QAConv(nn.Module):
         """
         self._check_maps(probe_features, probe_occ, "probe_features", "probe_occ")
         self._check_maps(gallery_features, gallery_occ, "gallery_features", "gallery_occ")
-        return self._score_gallery(probe_features, gallery_features, probe_occ, gallery_occ, evaluate=True)
+        return self._score_gallery(probe_features, gallery_features, probe_occ, gallery_occ, evaluate=True)[0]
 
     @torch.no_grad()
     def match_pairs(
@@ -251,7 +333,7 @@ class QAConv(nn.Module):
         self._check_pairs_of_maps(probe_features, gallery_features, probe_occ, gallery_occ, names)
         step = PAIRS if self._only_sums(evaluate=True) else max(probe_features.shape[0], 1)
         scores = [
-            self._score(probe, gallery, index, evaluate=True).squeeze(1)
+            self._score(probe, gallery, index, evaluate=True)[0].squeeze(1)
             for probe, gallery, index in _pairs(probe_features, gallery_features, probe_occ, gallery_occ, step)
         ]
         return torch.cat(scores)
@@ -296,7 +378,6 @@ class QAConv(nn.Module):
         )
         return Correspondences(b_location.long(), on_a, a_location.long(), on_b)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute_class_neighbors(self, *, progress: bool | Progress = False) -> Tensor:
         """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
 
@@ -308,16 +389,13 @@ class QAConv(nn.Module):
         Raises:
             ValueError: no class table, `k_nearest` out of range, NaN or Inf in the table.
         """
-        table, previous = self._class_table(), self._last_graph
-        if previous is not None and tuple(previous.shape) != (table.shape[0], self.k_nearest):
-            previous = None
-        neighbors = functional.class_neighbors(table, self.k_nearest, previous=previous, progress=progress)
-        self.class_neighbors = self._last_graph = neighbors
+        neighbors = self._search_neighbors(progress)
+        self._graph, self._last_graph, self._copied_table = neighbors, neighbors, None
         return neighbors
 
     def reset_class_neighbors(self) -> None:
         """Drop the class graph; the next class-path forward builds it anew."""
-        self.class_neighbors = None
+        self._graph = self._copied_table = None
 
     def on_epoch_start(self) -> None:
         """Drop the class graph, for the classes have moved."""
@@ -352,21 +430,23 @@ class QAConv(nn.Module):
     def _forward_classes(
         self, prob_fea: Tensor, labels: Tensor | None, prob_occ: Tensor | None, gal_occ: Tensor | None
     ) -> Tensor:
-        table = self._class_table()
+        table, neighbors = self._class_table(), None
         if labels is not None:
-            scores = self.class_scores(prob_fea, labels, prob_occ).to_dense()
+            class_scores, statistics, neighbors = self._score_neighbors(prob_fea, labels, prob_occ)
+            scores = class_scores.to_dense()
         else:
             probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-            scores = self._score(probe, table, raw=True)
+            scores, statistics = self._score(probe, table, raw=True)
         if gal_occ is not None and not self._warned_of_gallery_visibility:
-            self._warned_of_gallery_visibility = True
             # five frames up: this one, forward, two of nn.Module, the caller
             warnings.warn("gal_occ is ignored on the class path: class maps are fully visible", stacklevel=5)
+            self._warned_of_gallery_visibility = True
+        self._finish(statistics, neighbors)
         return scores
 
     def _score_gallery(
         self, prob_fea: Tensor, gal_fea: Tensor, prob_occ: Tensor | None, gal_occ: Tensor | None, *, evaluate: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[BatchStatistics]]:
         dtype = functional.correlation_dtype(prob_fea)
         probe = functional.prepare_maps(prob_fea, prob_occ, dtype)
 
@@ -385,8 +465,8 @@ class QAConv(nn.Module):
             maps = gallery(columns)
             for start in range(0, probes, step):
                 rows = slice(start, start + step)
-                scores[rows, columns] = self._score(probe[rows], maps, evaluate=evaluate)
-        return scores
+                scores[rows, columns] = self._score(probe[rows], maps, evaluate=evaluate)[0]
+        return scores, []
 
     def _only_sums(self, evaluate: bool) -> bool:
         """Whether neither gradients nor batch statistics need the pooled values."""
@@ -402,15 +482,16 @@ class QAConv(nn.Module):
         raw: bool = False,
         evaluate: bool = False,
         valid: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[BatchStatistics]]:
         """Score prepared probes against prepared gallery maps, or the `raw` class table; `index`, `group` as of the op.
 
+        The second result is what the norms' running statistics are to be updated with when the call has succeeded.
         Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
         """
         if self._only_sums(evaluate):
-            weight, shift = folded(self.bn, self.fc, self.logit_bn, cpu.accumulation_dtype(probe.dtype))
-            sums: Tensor = ops.pair_sums(probe, gallery, index, group, raw, weight)
-            return sums + shift
+            size, dtype = 2 * self.height * self.width, cpu.accumulation_dtype(probe.dtype)
+            weight, shift = folded(self.bn, self.fc, self.logit_bn, size, dtype)
+            return ops.pair_sums(probe, gallery, index, group, raw, weight) + shift, []
         pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and self.sparse_grad)[0]
         return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate, valid=valid)
 
@@ -420,11 +501,26 @@ class QAConv(nn.Module):
         return self.class_embed
 
     def _current_neighbors(self) -> Tensor:
-        """The class graph, built if there is none or the table or `k_nearest` was replaced."""
-        neighbors = self.class_neighbors
-        if neighbors is None or tuple(neighbors.shape) != (self._class_table().shape[0], self.k_nearest):
-            neighbors = self.compute_class_neighbors()
-        return neighbors
+        """The class graph, searched for if there is none or the table or `k_nearest` was replaced; not kept."""
+        graph, table = self.class_neighbors, self._class_table()
+        if graph is None or tuple(graph.shape) != (table.shape[0], self.k_nearest) or graph.device != table.device:
+            return self._search_neighbors()
+        return graph
+
+    def _search_neighbors(self, progress: bool | Progress = False) -> Tensor:
+        """Search the neighbours of every class, starting from the last graph; nothing is kept."""
+        if torch.compiler.is_compiling():  # a break of the graph; as a decorator, `disable` imports the compiler
+            neighbors: Tensor = torch.compiler.disable(QAConv._search_neighbors)(self, progress)
+            return neighbors
+        table, previous = self._class_table(), self._last_graph
+        if previous is not None and tuple(previous.shape) != (table.shape[0], self.k_nearest):
+            previous = None
+        return functional.class_neighbors(table, self.k_nearest, previous=previous, progress=progress)
+
+    def _table_version(self) -> int | None:
+        """How often the class table was written to, as torch counts it; None without a table, or where it does not."""
+        table = self.class_embed
+        return None if table is None or table.is_inference() else table._version
 
     def _check_maps(self, maps: Tensor, visibility: Tensor | None, name: str, visibility_name: str) -> None:
         check_maps(maps, name, channels=self.num_features, height=self.height, width=self.width)
@@ -442,9 +538,68 @@ class QAConv(nn.Module):
                 f"pairs need as many maps in {names[1]} as in {names[0]}, got {list(b.shape)} for {list(a.shape)}"
             )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QAConv:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.fc.weight.device
+
+        def moved(graph: Tensor | None) -> Tensor | None:
+            # ids stay int64, whatever `fn` does to numbers; from the meta device there is nothing to copy
+            return None if graph is None or (graph.is_meta and device.type != "meta") else graph.to(device)
+
+        self._graph, self._last_graph = moved(self._graph), moved(self._last_graph)
+        if self._copied_table is not None:
+            self._copied_table = self._table_version()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        checkpoint.finish_saving(self, destination, prefix, keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as `nn.Module` does, but nothing of one that is refused.
+
+        Checkpoints of published QAConv 2.1 and later load as they are; for older ones see `convert_checkpoint`.
+
+        Args:
+            state_dict: as `state_dict` returns it, or published.
+            strict: refuse keys that are missing or unknown.
+            assign: keep the tensors of `state_dict`, instead of copying from them.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`.
+
+        Raises:
+            RuntimeError: keys or shapes that do not fit.
+        """
+        if strict and isinstance(state_dict, Mapping):
+            checkpoint.check_keys(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        checkpoint.prepare_loading(self, state_dict, prefix, local_metadata)
+        if prefix + "class_embed" in state_dict:
+            self.reset_class_neighbors()
+            self._last_graph = None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # Maps of one step, with their graph, and a mere hint: neither copied nor pickled.
         return {**self.__dict__, "_kernel": None, "_last_graph": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._copied_table = None if self._graph is None else self._table_version()
 
 
 def _pairs(
@@ -461,12 +616,3 @@ def _pairs(
 
 def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:
     return None if visibility is None else visibility[rows]
-
-
-def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Convert a published checkpoint, and drop a class graph that the loaded table would outdate."""
-    assert isinstance(module, QAConv)
-    convert_shared_fc(state_dict, prefix, module.height * module.width)
-    if prefix + "class_embed" in state_dict:
-        module.reset_class_neighbors()
-        module._last_graph = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,22 @@ class ClassScores:
         )
 
 
+class BatchStatistics(NamedTuple):
+    """Statistics of one batch that a norm has yet to take into its running ones.
+
+    Attributes:
+        norm: a `BatchNorm1d(1)` that tracks running statistics.
+        mean: `[]`.
+        variance: `[]`, biased.
+        num_values: `[]`; the norm stays as it is where there are none.
+    """
+
+    norm: nn.BatchNorm1d
+    mean: Tensor
+    variance: Tensor
+    num_values: Tensor
+
+
 def pair_scores(
     pooled: Tensor,
     bn: nn.BatchNorm1d,
@@ -52,22 +69,23 @@ def pair_scores(
     *,
     evaluate: bool = False,
     valid: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, list[BatchStatistics]]:
     """Compute `logit_bn(fc(bn(pooled)))`, one score per pair (arXiv:1904.10424, section 3.3).
 
     `bn` sees all pooled values as one channel, `logit_bn` all logits: both are scalar affine maps, and `bn` is folded
-    into `fc`. Running statistics are updated as the modules would. Statistics are those of this process's batch.
+    into `fc`. Running statistics stay as they are: the caller updates them by `update_running_statistics` when nothing
+    can fail any more. Statistics are those of this process's batch.
 
     Args:
         pooled: `[P, K, 2S]`.
         bn: `BatchNorm1d(1)`, for the pooled values.
-        fc: `Linear(2S, 1)`.
+        fc: `Linear(2S, 1)`, or `Linear(S, 1)` for both halves, whose two outputs are added.
         logit_bn: `BatchNorm1d(1)`, for the logits.
         evaluate: use running statistics although the modules may be in training mode.
         valid: bool `[P]`; rows that do not count, in no statistic, and score NaN. All count where None.
 
     Returns:
-        `[P, K]` in pooled's dtype, whatever autocast says.
+        `[P, K]` in pooled's dtype, whatever autocast says; the statistics of the norms that are to be updated.
 
     Raises:
         TypeError: a `SyncBatchNorm`, whose statistics would be those of all processes.
@@ -76,19 +94,56 @@ def pair_scores(
     _check_norms(bn, logit_bn)
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:
-        return pooled.sum(-1)
+        return pooled.sum(-1), []
     check_pairs(pairs, logit_bn, evaluate=evaluate)
+    statistics: list[BatchStatistics] = []
     with torch.autocast(pooled.device.type, enabled=False):
-        weight = fc.weight.to(pooled.dtype).squeeze(0)
+        weight, bias = _both_halves(fc, pooled.shape[-1], pooled.dtype)
         mask = None if valid is None else valid.view(-1, 1, 1)
-        centred, scale, shift = _batch_norm(bn, pooled, mask, evaluate)
+        centred, scale, shift = _batch_norm(bn, pooled, mask, evaluate, statistics)
         logits = (centred @ weight) * scale + shift * weight.sum()
-        if fc.bias is not None:
-            logits = logits + fc.bias.to(pooled.dtype)
+        if bias is not None:
+            logits = logits + bias
         mask = None if mask is None else mask.squeeze(-1)
-        centred, scale, shift = _batch_norm(logit_bn, logits, mask, evaluate)
+        centred, scale, shift = _batch_norm(logit_bn, logits, mask, evaluate, statistics)
         scores = centred * scale + shift
-        return scores if mask is None else torch.where(mask, scores, torch.nan)
+        return scores if mask is None else torch.where(mask, scores, torch.nan), statistics
+
+
+@torch.no_grad()
+def update_running_statistics(statistics: list[BatchStatistics]) -> None:
+    """Update every norm's running statistics once, as `BatchNorm1d` does: all of them, or none if this fails.
+
+    Args:
+        statistics: as `pair_scores` returns them, no norm twice.
+    """
+    buffers, values = [], []
+    for norm, mean, variance, count in statistics:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        tracked = norm.num_batches_tracked + (count > 0).long()
+        if norm.momentum is None:
+            momentum = tracked.clamp(min=1).to(mean.dtype).reciprocal()
+        else:
+            momentum = torch.full_like(mean, norm.momentum)
+        momentum = momentum * (count > 0)
+        unbiased = variance * count / (count - 1.0).clamp(min=1.0)
+        for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            buffers.append(running)
+            values.append(running.lerp(value.to(running.dtype), momentum.to(running.dtype)))
+        buffers.append(norm.num_batches_tracked)
+        values.append(tracked)
+    if buffers:
+        torch._foreach_copy_(buffers, values)  # one call: no signal comes between
+
+
+def _both_halves(fc: nn.Linear, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight `[2S]` and bias of `fc` over all `size = 2S` pooled values; a shared `fc` counts for each half."""
+    weight, bias = fc.weight.to(dtype).squeeze(0), None if fc.bias is None else fc.bias.to(dtype).squeeze(0)
+    if 2 * weight.shape[0] == size:
+        return torch.cat([weight, weight]), None if bias is None else 2 * bias
+    return weight, bias
 
 
 def is_frozen(bn: nn.BatchNorm1d, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> bool:
@@ -97,18 +152,27 @@ def is_frozen(bn: nn.BatchNorm1d, logit_bn: nn.BatchNorm1d, *, evaluate: bool = 
 
 
 @torch.no_grad()
-def folded(bn: nn.BatchNorm1d, fc: nn.Linear, logit_bn: nn.BatchNorm1d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def folded(
+    bn: nn.BatchNorm1d, fc: nn.Linear, logit_bn: nn.BatchNorm1d, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Fold frozen norms into `fc`: a score is `weight [2S]` times the pair's pooled values, plus `shift []`.
+
+    Args:
+        bn: frozen norm of the pooled values.
+        fc: as for `pair_scores`.
+        logit_bn: frozen norm of the logits.
+        size: 2S.
+        dtype: of the result.
 
     Raises:
         TypeError: a `SyncBatchNorm`.
     """
     _check_norms(bn, logit_bn)
     scale, shift = _affine(bn)
-    weight = fc.weight.double().squeeze(0)
+    weight, bias = _both_halves(fc, size, torch.float64)
     logit = shift * weight.sum()
-    if fc.bias is not None:
-        logit = logit + fc.bias.double().squeeze(0)
+    if bias is not None:
+        logit = logit + bias
     outer_scale, outer_shift = _affine(logit_bn)
     return (outer_scale * scale * weight).to(dtype), (outer_scale * logit + outer_shift).to(dtype)
 
@@ -138,14 +202,21 @@ def check_pairs(pairs: int, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False)
         raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 
+def _tracks(norm: nn.BatchNorm1d) -> bool:
+    return None not in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+
+
 def _uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
     return (norm.training and not evaluate) or norm.running_mean is None
 
 
 def _batch_norm(
-    norm: nn.BatchNorm1d, values: Tensor, mask: Tensor | None, evaluate: bool
+    norm: nn.BatchNorm1d, values: Tensor, mask: Tensor | None, evaluate: bool, statistics: list[BatchStatistics]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `norm` over all of `values` into `(values - mean, scale, shift)`; what `mask` leaves out is zero."""
+    """Split `norm` over all of `values` into `(values - mean, scale, shift)`; what `mask` leaves out is zero.
+
+    What the running statistics are to be updated with is appended to `statistics`.
+    """
     if _uses_batch(norm, evaluate):
         if mask is None:
             count = values.new_full((), float(values.numel()))
@@ -156,8 +227,8 @@ def _batch_norm(
             mean = torch.where(mask, values, 0.0).sum() / count.clamp(min=1.0)
             centred = torch.where(mask, values - mean, 0.0)
         variance = centred.square().sum() / count.clamp(min=1.0)
-        if norm.training and not evaluate:
-            _track(norm, mean.detach(), variance.detach(), count)
+        if norm.training and not evaluate and _tracks(norm):
+            statistics.append(BatchStatistics(norm, mean.detach(), variance.detach(), count))
     else:
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -174,19 +245,3 @@ def _scale_and_shift(norm: nn.BatchNorm1d, variance: Tensor) -> tuple[Tensor, Te
     if norm.weight is not None:
         scale = scale * norm.weight.to(variance.dtype)
     return scale, torch.zeros_like(scale) if norm.bias is None else norm.bias.to(variance.dtype)
-
-
-@torch.no_grad()
-def _track(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-    """Update the running statistics once, as `BatchNorm1d` does; not at all when nothing counted."""
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-        return
-    norm.num_batches_tracked.add_((count > 0).long())
-    if norm.momentum is None:
-        momentum = norm.num_batches_tracked.clamp(min=1).to(mean.dtype).reciprocal()
-    else:
-        momentum = torch.full_like(mean, norm.momentum)
-    momentum = momentum * (count > 0)
-    unbiased = variance * count / (count - 1.0).clamp(min=1.0)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum.to(norm.running_mean.dtype))
-    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum.to(norm.running_var.dtype))
