@@ -17,6 +17,7 @@ CANDIDATE_FLOPS = 2**14  # what it costs to append and select one candidate, in 
 UNBARRED = 2  # how much dearer candidates are that come in a rush, before there is a bar
 GATHER = 128  # how much slower a product with gathered rows is than one of matrices
 TAIL = 8  # of a previous list's neighbours, the last ones
+SAMPLED_ROWS = 32  # by which a previous graph is judged
 STRIP = 2**20  # numbers to hold at a time
 
 
@@ -42,20 +43,46 @@ def remember(queries: Tensor, keys: Tensor, previous: Tensor, dtype: torch.dtype
     """Bars from the lists of an earlier search, `previous [P, k]`: the worst that the last of them are now.
 
     Less what products in `dtype` may be off by: where nothing has moved, the worst is the k-th best itself. None where
-    all that costs more than it saves.
+    all that costs more than it saves, as a sample of rows tells: where much has moved, the thresholds are too low.
     """
     (num_keys, dim), k = keys.shape, previous.shape[1]
     tail = previous[:, -TAIL:].to(keys.device)
-    if GATHER * 2 * dim * tail.shape[1] > _cheapest(num_keys, dim, k)[2] - k * CANDIDATE_FLOPS:
+    gather = GATHER * 2 * dim * tail.shape[1]
+    saved = _cheapest(num_keys, dim, k)[2] - gather
+    if k * CANDIDATE_FLOPS > saved:
         return None
     slack = 2**-7 if dtype != keys.dtype or config.precision() == "tf32" else 1e-5
-    step = max(1, (2**7 if keys.is_cuda else 1) * STRIP // (tail.shape[1] * dim))
+    rows = torch.arange(0, len(queries), max(1, len(queries) // SAMPLED_ROWS), device=queries.device)
+    bars = _worst(queries[rows], keys, tail[rows.to(tail.device)]) - slack
+    if _cost_of_candidates(queries[rows], keys, bars, k) > saved:
+        return None
+    return just_below(_worst(queries, keys, tail) - slack)
+
+
+def _worst(queries: Tensor, keys: Tensor, near_ids: Tensor) -> Tensor:
+    """The lowest cosine of every query, `[P, D]`, with its keys `near_ids [P, m]`: fp32 `[P]`."""
+    step = max(1, (2**7 if keys.is_cuda else 1) * STRIP // (near_ids.shape[1] * keys.shape[1]))
     worst = []
-    for some, rows in zip(tail.split(step), queries.split(step), strict=True):
-        near, rows = keys[some].float(), rows.float().unsqueeze(2)  # [step, TAIL, D], [step, D, 1]
+    for some, rows in zip(near_ids.split(step), queries.split(step), strict=True):
+        near, rows = keys[some].float(), rows.float().unsqueeze(2)  # [step, m, D], [step, D, 1]
         lengths = torch.linalg.vector_norm(near, dim=2) * torch.linalg.vector_norm(rows, dim=1)
         worst.append((torch.bmm(near, rows).squeeze(2) / lengths).amin(1))
-    return just_below(torch.cat(worst) - slack)
+    return torch.cat(worst)
+
+
+def _cost_of_candidates(queries: Tensor, keys: Tensor, bars: Tensor, k: int) -> float:
+    """What a row costs on average with these thresholds, in flops: its candidates, or a second search without one."""
+    above = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    rows = queries.float()
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    for some in keys.split(max(1, STRIP // keys.shape[1])):
+        some = some.float()
+        similarity = rows @ (some / torch.linalg.vector_norm(some, dim=1, keepdim=True)).mT
+        above += (similarity > bars[:, None]).sum(1)
+    num_keys, dim = keys.shape
+    again = 2 * dim * num_keys + UNBARRED * CANDIDATE_FLOPS * k * (1 + math.log(num_keys / k))
+    costs = CANDIDATE_FLOPS * above.double() + torch.where(above < k, again, 0.0)
+    return float(costs.mean())
 
 
 def just_below(bars: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from . import cpu, cpu_topk
 from .kernels import config
@@ -33,13 +36,24 @@ def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
     Raises:
         ValueError: `QACONV_TRITON_BACKEND` is neither empty, "triton" nor "torch".
+        ModuleNotFoundError: it asks for triton, which is not installed.
+        RuntimeError: it asks for triton for tensors that compiled kernels cannot take.
     """
     forced = os.environ.get(BACKEND_VARIABLE, "")
     if forced not in ("", "triton", "torch"):
         raise ValueError(f"{BACKEND_VARIABLE}: expected 'triton' or 'torch', got {forced!r}")
     if dtype == torch.float64 or forced == "torch":
         return False
-    return forced == "triton" or (device.type == "cuda" and _has_triton())
+    if forced == "triton":
+        if not _has_triton():
+            raise ModuleNotFoundError(f"{BACKEND_VARIABLE}=triton, but triton is not installed", name="triton")
+        if device.type == "cpu" and not config.INTERPRETED:
+            raise RuntimeError(
+                f"{BACKEND_VARIABLE}=triton: tensors on the CPU are for Triton's interpreter alone "
+                f"(TRITON_INTERPRET=1, set before the import), and compiled kernels for those on a GPU; got {device}"
+            )
+        return True
+    return device.type == "cuda" and _has_triton()
 
 
 @cache
@@ -303,3 +317,33 @@ def _(
     return queries.new_empty(shape, dtype=accumulated, device=device), queries.new_empty(
         shape, dtype=torch.int64, device=device
     )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way and `tensor` takes part in it."""
+    if forward_ad._current_level < 0:
+        return False
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    # in torch.func.jvp a wrapper has the tangent, and hides it below autograd
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == TransformType.Jvp
+    return is_jvp and torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def _refuse_tangents(op: CustomOpDef) -> None:
+    """Make `op` raise on forward-mode tangents: torch drops them silently where no input requires a gradient."""
+    overload = op._opoverload
+    name = str(overload.name())
+
+    def checked(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        if any(isinstance(value, Tensor) and _has_tangent(value) for value in inputs):
+            raise RuntimeError(f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)
+
+    _library.impl(name, checked, "ADInplaceOrView", with_keyset=True)
+
+
+_library = torch.library.Library("qaconv_triton", "FRAGMENT")  # holds the registrations
+for _op in (max_correlation, max_correlation_backward, pair_sums, cosine_topk):
+    _refuse_tangents(_op)

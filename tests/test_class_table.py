@@ -30,6 +30,7 @@ from eager import (
 )
 from exact import exact_vectors
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -171,6 +172,138 @@ def test_graph_is_no_part_of_the_state_dict() -> None:
         "logit_bn.num_batches_tracked",
     }
     assert matcher.half().class_neighbors.dtype == torch.int64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averaging_that_began_before_the_graph(use_buffers: bool) -> None:
+    """Weight averaging pairs the buffers of both models: a graph among them came too late, or was averaged."""
+    matcher = build(num_classes=N, k_nearest=K)
+    averaged = AveragedModel(matcher, use_buffers=use_buffers)
+    inputs = class_inputs(torch.float32, occluded=False)
+    tables = []
+    for seed in (5, 6):
+        matcher.on_epoch_start()
+        with torch.no_grad():
+            matcher.class_embed.copy_(maps(N, seed))  # type: ignore[union-attr]
+        tables.append(matcher.class_embed.detach().clone())  # type: ignore[union-attr]
+        matcher(**inputs)
+        averaged.update_parameters(matcher)
+    assert matcher.class_neighbors is not None
+    assert averaged.module.class_neighbors is None
+    assert_close(averaged.module.class_embed, (tables[0] + tables[1]) / 2, 1e-6)
+    averaged.module(**inputs)
+    assert torch.equal(averaged.module.class_neighbors, Eager(averaged.module).neighbors())
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_averaging_that_begins_with_a_graph(use_buffers: bool) -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    graph = matcher.compute_class_neighbors()
+    averaged = AveragedModel(matcher, use_buffers=use_buffers)
+    assert torch.equal(averaged.module.class_neighbors, graph)  # the table is still the same
+    with torch.no_grad():
+        matcher.class_embed.copy_(maps(N, 5))  # type: ignore[union-attr]
+    averaged.update_parameters(matcher)
+    assert averaged.module.class_neighbors is None
+    assert matcher.class_neighbors is graph
+    averaged.module(**class_inputs(torch.float32, occluded=False))
+    assert not torch.equal(averaged.module.class_neighbors, graph)
+
+
+def test_a_copy_that_is_trained_keeps_its_graph() -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    graph, twin = matcher.compute_class_neighbors(), matcher.clone().half().float()
+    for _ in range(2):
+        twin(**class_inputs(torch.float32, occluded=False)).square().sum().backward()
+        torch.optim.SGD(twin.parameters(), lr=1.0).step()
+        twin.zero_grad()
+        assert torch.equal(twin.class_neighbors, graph)  # type: ignore[arg-type]
+
+
+def test_graph_is_no_buffer_for_torch_func() -> None:
+    matchers = [build(num_classes=N, k_nearest=K, mode="eval") for _ in range(2)]
+    expected = matchers[0](**class_inputs(torch.float32, occluded=False))
+    assert matchers[0].class_neighbors is not None
+    assert not any("neighbors" in name or "graph" in name for name, _ in matchers[0].named_buffers())
+    parameters, buffers = torch.func.stack_module_state(matchers)
+    assert parameters["class_embed"].shape == (2, N, C, H, W)
+    one = {name: values[1] for name, values in {**parameters, **buffers}.items()}
+    inputs = class_inputs(torch.float32, occluded=False)
+    called = torch.func.functional_call(matchers[1], one, (inputs["prob_fea"],), {"labels": inputs["labels"]})
+    assert_close(called, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda matcher: matcher.half(),
+        lambda matcher: matcher.type(torch.float16),  # which casts integer buffers, too
+        lambda matcher: matcher.to(torch.float64),
+        lambda matcher: matcher.share_memory(),
+        lambda matcher: nn.Sequential(matcher).to(DEVICE),
+    ],
+    ids=["half", "type", "to", "share_memory", "parent"],
+)
+def test_graph_and_hint_follow_the_module(change: Callable[[QAConv], Any]) -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    graph = matcher.compute_class_neighbors().clone()
+    change(matcher)
+    for followed in (matcher.class_neighbors, matcher._last_graph):
+        assert followed is not None
+        assert followed.dtype == torch.int64
+        assert torch.equal(followed, graph)
+
+
+def test_graph_and_hint_go_to_meta_and_do_not_come_back() -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    matcher.compute_class_neighbors()
+    nn.Sequential(matcher).to("meta")
+    assert matcher.class_neighbors.device.type == matcher._last_graph.device.type == "meta"  # type: ignore[union-attr]
+    matcher.to_empty(device=DEVICE)
+    assert matcher.class_neighbors is None
+    assert matcher._last_graph is None
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "restated"),
+    [
+        (torch.full((N, K), N), IndexError, ("[0, 8)", "[8, 8, 8, 8, 8]")),
+        (torch.full((N, K), -1), IndexError, ("[0, 8)", "[-1,")),
+        (torch.zeros(N, K - 1, dtype=torch.int64), ValueError, ("[8, 3]", "[8, 2]")),
+        (torch.zeros(N - 1, K, dtype=torch.int64), ValueError, ("[8, 3]", "[7, 3]")),
+        (torch.zeros(N, K, dtype=torch.int32), TypeError, ("int64", "torch.int32")),
+        (torch.zeros(N, K), TypeError, ("int64", "torch.float32")),
+        (torch.zeros(N, K, dtype=torch.int64).to_sparse(), TypeError, ("sparse",)),
+        ([[1]], TypeError, ("int64", "list")),
+    ],
+)
+def test_an_assigned_graph_is_checked(value: Any, error: type[Exception], restated: tuple[str, ...]) -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    graph = matcher.compute_class_neighbors()
+    with pytest.raises(error) as caught:
+        matcher.class_neighbors = value
+    assert all(part in str(caught.value) for part in ("class_neighbors", *restated))
+    assert matcher.class_neighbors is graph
+    matcher.class_neighbors = graph.flip(0)
+    assert torch.equal(matcher.class_neighbors, graph.flip(0))
+    matcher.class_neighbors = None
+    assert matcher.class_neighbors is None
+    with pytest.raises(ValueError, match="num_classes"):
+        build().class_neighbors = graph
+
+
+def test_a_rewritten_table_is_searched_as_if_new() -> None:
+    """Thresholds from neighbours that are none any more would let nearly every pair through."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2000, 32, generator=generator) for _ in range(2))
+    graph = functional.class_neighbors(first, 60)
+    half = torch.cat([second[:1000], first[1000:]])
+    assert bars.remember(first, first, graph, first.dtype) is not None
+    assert bars.remember(first * 2, first * 2, graph, first.dtype) is not None
+    for table in (second, half):
+        assert bars.remember(table, table, graph, table.dtype) is None
+    warm = functional.class_neighbors(second, 60, previous=graph, return_similarities=True)[0]
+    assert_close(warm, functional.class_neighbors(second, 60, return_similarities=True)[0], 1e-5)
 
 
 # --- initial values and layout ----------------------------------------------------------------------------------------

@@ -8,13 +8,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from qaconv_triton import ClassMemoryLoss, PairwiseMatchingLoss, QAConv, SoftmaxTripletLoss, TripletLoss, checks
+from qaconv_triton import (
+    ClassMemoryLoss,
+    ClassScores,
+    PairwiseMatchingLoss,
+    QAConv,
+    SoftmaxTripletLoss,
+    TripletLoss,
+    checks,
+    ops,
+)
 from qaconv_triton import functional as qf
 from qaconv_triton import matcher as matcher_module
+from qaconv_triton import scores as scores_module
+from qaconv_triton.kernels import config
 
 C, H, W, N, K = 5, 2, 3, 8, 3
 LABELS = [3, 0, 3, 7]
@@ -47,6 +60,7 @@ def state_of(matcher: QAConv) -> dict[str, Any]:
     state |= {f"mode of {name}": module.training for name, module in matcher.named_modules()}
     graph = matcher.class_neighbors
     state |= {"graph": graph, "graph's values": None if graph is None else graph.clone()}
+    state |= {"hint": matcher._last_graph}
     state |= {"kernel": matcher._kernel, "warned": matcher._warned_of_gallery_visibility}
     state |= {"k_nearest": matcher.k_nearest, "rng": torch.get_rng_state()}
     return state
@@ -60,12 +74,12 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert torch.equal(value.nan_to_num(), after[name].nan_to_num()), name
         else:
             assert value is after[name] or value == after[name], name
-    for name in ("graph", "kernel"):
+    for name in ("graph", "hint", "kernel"):
         assert before[name] is after[name], name
 
 
 @contextmanager
-def refused(error: type[Exception], restated: tuple[str, ...], matcher: QAConv | None = None) -> Iterator[None]:
+def refused(error: type[BaseException], restated: tuple[str, ...], matcher: QAConv | None = None) -> Iterator[None]:
     """Expect exactly `error`, whose message contains `restated`, and nothing changed."""
     rng = torch.get_rng_state()
     before = None if matcher is None else state_of(matcher)
@@ -101,6 +115,13 @@ def refused(error: type[Exception], restated: tuple[str, ...], matcher: QAConv |
         ((C, H, W), {"num_classes": N, "k_nearest": 2.5}, TypeError, ("k_nearest", "float")),
         ((C, H, W), {"num_classes": N, "k_nearest": True}, TypeError, ("k_nearest", "bool")),
         ((C, H, W), {"num_classes": "8", "k_nearest": 2}, TypeError, ("num_classes", "str")),
+        ((C, H, np.bool_(True)), {}, TypeError, ("width", "bool")),
+        ((C, H, torch.tensor(True)), {}, TypeError, ("width", "Tensor")),
+        ((C, H, torch.ones(2, dtype=torch.int64)), {}, TypeError, ("width", "Tensor")),
+        ((np.int64(0), H, W), {}, ValueError, ("num_features", "got 0")),
+        ((C, H, W), {"include_self": 1}, TypeError, ("include_self", "1")),
+        ((C, H, W), {"sparse_grad": 0.0}, TypeError, ("sparse_grad", "0.0")),
+        ((C, H, W), {"shared_fc": "yes"}, TypeError, ("shared_fc", "'yes'")),
     ],
 )
 def test_construction(
@@ -113,6 +134,20 @@ def test_construction(
 def test_the_largest_k_is_allowed() -> None:
     assert QAConv(C, H, W, num_classes=N, k_nearest=N - 1).compute_class_neighbors().shape == (N, N - 1)
     assert QAConv(C, H, W, num_classes=2, k_nearest=1).compute_class_neighbors().tolist() == [[1], [0]]
+
+
+def test_sizes_of_any_integer_type() -> None:
+    class Three:
+        def __index__(self) -> int:
+            return 3
+
+    sizes = np.int64(C), np.uint8(H), Three(), torch.tensor(N)
+    matcher = QAConv(*sizes, k_nearest=np.int32(K))  # type: ignore[arg-type]
+    assert all(type(size) is int for size in (matcher.num_features, matcher.height, matcher.width, matcher.k_nearest))
+    assert matcher(maps(), labels=labels()).shape == (B, N)
+    assert str(matcher) == str(QAConv(C, H, W, N, K))
+    assert qf.class_neighbors(torch.eye(4), np.int64(2), workspace_bytes=np.int64(10**6)).shape == (4, 2)  # type: ignore[call-overload]
+    assert qf.topk_cosine(torch.eye(4), torch.eye(4), Three())[1].shape == (4, 3)  # type: ignore[arg-type]
 
 
 # --- the matcher ------------------------------------------------------------------------------------------------------
@@ -163,6 +198,16 @@ for _entrance, _call in ENTRANCES.items():
         ValueError,
         ("meta", "cpu"),
     )
+    CASES[f"{_entrance}: sparse"] = (
+        lambda matcher, call=_call: call(matcher, maps().to_sparse()),
+        TypeError,
+        ("dense", "sparse_coo"),
+    )
+    CASES[f"{_entrance}: nested"] = (
+        lambda matcher, call=_call: call(matcher, torch.nested.nested_tensor([maps()[0]], layout=torch.jagged)),
+        TypeError,
+        ("dense", "nested"),
+    )
     if "gallery" not in _entrance:
         CASES[f"{_entrance}: a list"] = (
             lambda matcher, call=_call: call(matcher, [1.0]),
@@ -203,6 +248,11 @@ for _name in (
         TypeError,
         ("occ", "torch.bool"),
     )
+    CASES[f"visibility of {_name}: sparse"] = (
+        lambda matcher, name=_name: occluded(matcher, name, torch.ones(B, 1, H, W).to_sparse()),
+        TypeError,
+        ("occ", "dense", "sparse_coo"),
+    )
     CASES[f"visibility of {_name}: another device"] = (
         lambda matcher, name=_name: occluded(matcher, name, torch.ones(B, 1, H, W, device=META)),
         ValueError,
@@ -229,6 +279,7 @@ LABEL_CASES: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "2-D": (labels()[:, None], ValueError, ("labels", "[4]", "[4, 1]")),
     "0-D": (torch.tensor(3), ValueError, ("labels", "[4]", "[]")),
     "another device": (labels().to(META), ValueError, ("labels", "meta", "cpu")),
+    "sparse": (labels().to_sparse(), TypeError, ("labels", "dense", "sparse_coo")),
 }
 for _kind, (_labels, _error, _restated) in LABEL_CASES.items():
     CASES[f"labels: {_kind}"] = (
@@ -278,6 +329,75 @@ def test_matcher(case: tuple[Call, type[Exception], tuple[str, ...]]) -> None:
     matcher.bn.eval()
     with refused(error, restated, matcher):
         call(matcher)
+
+
+CALLS: dict[str, Call] = {
+    "labels": lambda matcher: matcher(maps(), labels=labels()),
+    "class_scores": lambda matcher: matcher.class_scores(maps(), labels()),
+    "all classes": lambda matcher: matcher(maps()),
+    "gallery": lambda matcher: matcher(maps(), maps(seed=2)),
+    "same": lambda matcher: matcher(maps(), "same"),
+}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_failure_between_the_norms_updates_neither(
+    call: Call, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out after `bn` and before `logit_bn`; the step is tried again, and must count once."""
+    matcher, expected = build(), build()
+    original, calls = scores_module._scale_and_shift, []
+
+    def failing(norm: torch.nn.BatchNorm1d, variance: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(norm)
+        if norm is matcher.logit_bn:
+            raise error("out of memory")
+        return original(norm, variance)
+
+    monkeypatch.setattr(scores_module, "_scale_and_shift", failing)
+    with refused(error, ("out of memory",), matcher):
+        call(matcher)
+    assert calls == [matcher.bn, matcher.logit_bn]
+    monkeypatch.undo()
+    call(matcher)
+    call(expected)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(matcher.get_buffer(name), buffer), name
+    assert matcher.bn.num_batches_tracked == 1
+
+
+def test_a_failure_after_the_scores_updates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = build()
+
+    def failing(scores: ClassScores, fill: float = 0.0) -> Tensor:
+        raise MemoryError("dense scores")
+
+    monkeypatch.setattr(ClassScores, "to_dense", failing)
+    with refused(MemoryError, ("dense scores",), matcher):
+        matcher(maps(), labels=labels())
+
+
+def test_a_failed_call_leaves_the_kernel_and_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = build()
+    matcher.make_kernel(maps(3, C, H, W))
+
+    def failing(*_: Any) -> None:
+        raise MemoryError("statistics")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", failing)
+    with refused(MemoryError, ("statistics",), matcher):
+        matcher(maps())
+
+
+@pytest.mark.parametrize("target", [None, labels()], ids=["all classes", "labels"])
+def test_the_visibility_warning_as_an_error_comes_before_the_update(target: Tensor | None) -> None:
+    matcher, veil = build(), torch.ones(N, 1, H, W)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with refused(UserWarning, ("gal_occ",), matcher):
+                matcher(maps(), labels=target, gal_occ=veil)
 
 
 def test_an_error_does_not_spend_the_warning() -> None:
@@ -471,6 +591,21 @@ def test_softmax_triplet_options() -> None:
         (lambda: qf.class_neighbors(torch.eye(4).long(), 1), TypeError, ("torch.int64",)),
         (lambda: qf.class_neighbors(torch.eye(4).to(torch.complex64), 1), TypeError, ("torch.complex64",)),
         (lambda: qf.class_neighbors(torch.eye(3) / 0, 1), ValueError, ("3 of 3", "[0, 1, 2]")),
+        (lambda: qf.class_neighbors(torch.eye(4), 1, progress=5), TypeError, ("progress", "5")),  # type: ignore[call-overload]
+        (lambda: qf.class_neighbors(torch.eye(4), 1, rescore=1), TypeError, ("rescore", "1")),  # type: ignore[call-overload]
+        (lambda: qf.class_neighbors(torch.eye(4), 1, return_similarities=1), TypeError, ("return_similarities",)),  # type: ignore[call-overload]
+        (lambda: qf.class_neighbors(torch.eye(4), 1, device="foo"), ValueError, ("device", "'foo'")),
+        (lambda: qf.class_neighbors(torch.eye(4), 1, device=3.0), TypeError, ("device", "float")),  # type: ignore[call-overload]
+        (lambda: qf.class_neighbors(torch.eye(4), 1, device="meta"), ValueError, ("meta",)),
+        (lambda: qf.class_neighbors(torch.eye(4, device=META), 1), ValueError, ("meta",)),
+        (lambda: qf.class_neighbors(torch.eye(4).to_sparse(), 1), TypeError, ("dense", "sparse_coo")),
+        (
+            lambda: qf.class_neighbors(torch.eye(4), 1, previous=labels()[:, None].to(META)),
+            ValueError,
+            ("previous", "meta"),
+        ),
+        (lambda: qf.topk_cosine(torch.eye(4), torch.eye(4).to_sparse(), 1), TypeError, ("keys", "sparse_coo")),
+        (lambda: qf.max_correlation(maps(), maps().to_sparse()), TypeError, ("gallery", "sparse_coo")),
         (lambda: qf.topk_cosine(torch.eye(4), torch.eye(3), 1), ValueError, ("[4, 4]", "[3, 3]")),
         (lambda: qf.topk_cosine(maps(2, C, H, W), maps(2, C, W, H), 1), ValueError, ("[2, 5, 2, 3]", "[2, 5, 3, 2]")),
         (lambda: qf.topk_cosine(torch.eye(4), torch.eye(4), 5), ValueError, ("got 5", "4")),
@@ -509,6 +644,86 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         matcher(maps(), "same")
     with refused(ValueError, ("QACONV_TRITON_BACKEND", "'cuda'"), matcher):
         matcher(maps(), labels=labels())
+
+
+def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    matcher = build()
+    for call in (*CALLS.values(), lambda matcher: matcher.match(maps(), maps())):
+        with refused(RuntimeError, ("QACONV_TRITON_BACKEND=triton", "TRITON_INTERPRET=1", "got cpu"), matcher):
+            call(matcher)
+    assert matcher.double()(maps().double(), "same").shape == (B, B)  # fp64 is never for the kernels
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "2", " 1"])
+def test_unknown_value_of_the_checks_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(checks.CHECKS_VARIABLE, value)
+    matcher = build()
+    with refused(ValueError, ("QACONV_TRITON_CHECKS", repr(value)), matcher):
+        matcher(maps(), labels=labels())
+    with refused(ValueError, ("QACONV_TRITON_CHECKS", repr(value))):
+        qf.max_correlation(maps(), maps(), torch.zeros(B, 1, dtype=torch.int64))
+
+
+# --- derivatives that there are not -----------------------------------------------------------------------------------
+
+Function = Callable[[Tensor], Tensor]
+OTHER = maps(seed=2)
+TOPK = (2, None, None, None, None)
+FUNCTIONS: dict[str, Function] = {
+    "functional.max_correlation": lambda probe: qf.max_correlation(probe, OTHER),
+    "functional.max_correlation, gallery": lambda gallery: qf.max_correlation(OTHER, gallery),
+    "functional.topk_cosine": lambda queries: qf.topk_cosine(queries, OTHER, 2)[0],
+    "functional.class_neighbors": lambda table: qf.class_neighbors(table, 2, return_similarities=True)[0],
+    "ops.max_correlation": lambda probe: ops.max_correlation(probe, OTHER, None, None, False, False)[0],
+    "ops.pair_sums": lambda probe: ops.pair_sums(probe, OTHER, None, None, False, torch.ones(2 * H * W)),
+    "ops.cosine_topk": lambda queries: ops.cosine_topk(queries.flatten(1), OTHER.flatten(1), *TOPK)[0],
+    "matcher, classes": lambda feature: MATCHER.class_scores(feature, labels()).values,
+    "matcher, same": lambda feature: MATCHER(feature, "same"),
+    "match": lambda feature: MATCHER.match(feature, OTHER),
+}
+MATCHER = build().eval()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_forward_mode_is_refused(function: Function) -> None:
+    """Torch drops the tangents of an operation that knows nothing of them: a derivative of zero."""
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(function, (maps(),), (maps(seed=3),))
+    for gradient in (False, True):
+        with forward_ad.dual_level(), pytest.raises(RuntimeError):
+            function(forward_ad.make_dual(maps().requires_grad_(gradient), maps(seed=3)))
+
+
+def test_forward_mode_of_many_tangents_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jacfwd(FUNCTIONS["functional.max_correlation"])(maps())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_double_backward_is_refused(function: Function) -> None:
+    feature = maps().requires_grad_()
+    values = function(feature)
+    if not values.requires_grad:  # not differentiable at all
+        return
+    weight = torch.ones_like(values, requires_grad=True)
+
+    def differentiate_twice() -> None:
+        (first,) = torch.autograd.grad(values, feature, weight, create_graph=True)
+        torch.autograd.grad(first.sum(), weight)
+
+    with pytest.raises(RuntimeError):
+        differentiate_twice()
+
+
+def test_forward_mode_over_a_backward_pass_is_refused() -> None:
+    feature = maps().requires_grad_()
+    pooled = qf.max_correlation(feature, maps(seed=2))
+    with forward_ad.dual_level():
+        tangent = forward_ad.make_dual(torch.ones_like(pooled), torch.ones_like(pooled))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.autograd.grad(pooled, feature, tangent)
 
 
 # --- invalid labels where they are not read back, as on CUDA ----------------------------------------------------------
