@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 import os
+import reprlib
 from typing import SupportsIndex
 
 import torch
@@ -179,6 +182,24 @@ def check_flag(value: bool, name: str) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_number(value: object, name: str, *, why: str) -> float:
+    """Require a finite number, 0 or above, and return it as a float; `why` says what it is.
+
+    Raises:
+        TypeError: not a number: NumPy's are, tensors, strings and bools are not.
+        ValueError: negative, infinite or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number ({why}), got {type(value).__name__} {reprlib.repr(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0 ({why}), got {reprlib.repr(value)}")
+    return number
 
 
 def check_finite_rows(table: Tensor, name: str) -> None:

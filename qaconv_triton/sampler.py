@@ -7,9 +7,10 @@ of the batch. The sampler deals in class ids and sample indices only: it owns ne
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -33,22 +34,28 @@ class GraphSampler(Sampler[list[int]]):
     repeats a sample only where its class has fewer than `num_instances`. The walk begins anew every epoch, so
     that an epoch depends on `seed`, its number and the graph alone.
 
+    An epoch starts when its first batch is asked for: only then is it counted, and the graph taken. An iterator
+    that is never asked costs nothing, so a `DataLoader` gives the same batches with any number of workers
+    (with workers it makes two iterators and uses one). Iterators do not affect each other.
+
     Args:
         labels: int `[M]`, the class of every sample of the dataset; a tensor, a list or an array.
         neighbors: int `[N, K]`, the classes nearest to each class, nearest first; or a function without
-            arguments that returns such a tensor, called at the start of every epoch (for a graph that is
-            computed anew, such as `matcher.compute_class_neighbors`).
+            arguments that returns such a tensor, called once an epoch, before its first batch (for a graph that
+            is computed anew, such as `matcher.compute_class_neighbors`).
         batch_size: samples in a batch, a multiple of `num_instances`.
         num_instances: samples of each class in a batch.
         seed: of the random order; every epoch of every seed has its own. Processes that train together take
             different ones.
 
     Raises:
-        TypeError: labels or neighbours that are not integers, or counts that are not ints.
+        TypeError: labels or neighbours that are not integers or not dense tensors; sizes or a seed that are
+            not integers.
         ValueError: labels that are empty, not 1-D, negative or not below N; a batch size that is not a
             multiple of `num_instances` or has room for one class only; fewer classes with samples than a
             batch needs; neighbours of another shape, with K below the other classes of a batch, or with ids
-            outside `[0, N)`. What a function returns is checked when an epoch starts.
+            outside `[0, N)`. What a function returns is checked when an epoch starts; an epoch that is refused
+            is not counted.
 
     Example:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -67,29 +74,30 @@ class GraphSampler(Sampler[list[int]]):
         self,
         labels: Tensor | Sequence[int] | np.ndarray[Any, Any],
         neighbors: Tensor | Callable[[], Tensor],
-        batch_size: int = 64,
-        num_instances: int = 4,
+        batch_size: SupportsIndex = 64,
+        num_instances: SupportsIndex = 4,
         *,
-        seed: int = 0,
+        seed: SupportsIndex = 0,
     ) -> None:
         super().__init__()
-        check_count(num_instances, "num_instances", low=1, high=None, why="samples of each class in a batch")
-        two_classes = f"two classes of num_instances={num_instances}"
-        check_count(batch_size, "batch_size", low=2 * num_instances, high=None, why=two_classes)
-        if batch_size % num_instances:
-            raise ValueError(f"batch_size={batch_size} is not a multiple of num_instances={num_instances}")
-        if not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-        self.num_instances = num_instances
-        self.classes_per_batch = batch_size // num_instances
-        self.seed = seed
+        what = "samples of each class in a batch"
+        self.num_instances = check_count(num_instances, "num_instances", low=1, high=None, why=what)
+        two_classes = f"two classes of num_instances={self.num_instances}"
+        size = check_count(batch_size, "batch_size", low=2 * self.num_instances, high=None, why=two_classes)
+        if size % self.num_instances:
+            raise ValueError(f"batch_size={size} is not a multiple of num_instances={self.num_instances}")
+        self.classes_per_batch = size // self.num_instances
+        try:
+            self.seed = operator.index(seed)
+        except TypeError:
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}") from None
         self.epoch = 0
 
         sorted_labels, self._samples = _label_tensor(labels).sort(stable=True)
         self._classes, self._counts = torch.unique_consecutive(sorted_labels, return_counts=True)
         if len(self._classes) < self.classes_per_batch:
             raise ValueError(
-                f"batch_size={batch_size} with num_instances={num_instances} needs {self.classes_per_batch} "
+                f"batch_size={size} with num_instances={self.num_instances} needs {self.classes_per_batch} "
                 f"classes, but only {len(self._classes)} have samples"
             )
         self.neighbors = neighbors
@@ -100,14 +108,16 @@ class GraphSampler(Sampler[list[int]]):
         """The number of batches in an epoch: that of the classes with samples."""
         return len(self._classes)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration epoch number `epoch`; without this, each iteration is the next epoch.
+    def set_epoch(self, epoch: SupportsIndex) -> None:
+        """Number the next epoch that starts `epoch`; without this, each one has the number after the last.
+
+        Epochs that have started go on as they are.
 
         Args:
             epoch: its number, from 0.
 
         Raises:
-            TypeError: not an int.
+            TypeError: not an integer.
             ValueError: negative.
 
         Example:
@@ -117,11 +127,10 @@ class GraphSampler(Sampler[list[int]]):
             >>> list(sampler) == first
             True
         """
-        check_count(epoch, "epoch", low=0, high=None, why="epochs count from 0")
-        self.epoch = epoch
+        self.epoch = check_count(epoch, "epoch", low=0, high=None, why="epochs count from 0")
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Start an epoch: take the graph as it is now, and return the batches, lists of sample indices.
+        """Yield the batches of an epoch, lists of sample indices; it starts when the first is asked for.
 
         Raises:
             TypeError: a `neighbors` function that does not return an integer tensor.
@@ -129,30 +138,31 @@ class GraphSampler(Sampler[list[int]]):
         """
         neighbors = self.neighbors() if callable(self.neighbors) else self.neighbors
         self._check_neighbors(neighbors)
-        # A string is hashed whole, so that (seed, epoch) = (0, 1) and (1, 0) are unrelated.
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}/{self.epoch}").getrandbits(63))
-        self.epoch += 1
-        return self._batches(neighbors.detach().cpu(), generator)
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        yield from self._batches(neighbors.detach().cpu(), epoch)
 
-    def _batches(self, neighbors: Tensor, generator: torch.Generator) -> Iterator[list[int]]:
+    def _batches(self, neighbors: Tensor, epoch: int) -> Iterator[list[int]]:
+        # A string is hashed whole, so that (seed, epoch) = (0, 1) and (1, 0) are unrelated.
+        generator = torch.Generator("cpu").manual_seed(random.Random(f"{self.seed}/{epoch}").getrandbits(63))
         walk = _SampleWalk(self._samples, self._counts, generator)
         # A slot numbers the classes that have samples; -1 marks those that have none.
-        slot_of_class = torch.full((len(neighbors),), -1)
-        slot_of_class[self._classes] = torch.arange(len(self._classes))
-        for anchor in torch.randperm(len(self._classes), generator=generator).tolist():
+        slot_of_class = torch.full((len(neighbors),), -1, dtype=torch.int64, device="cpu")
+        slot_of_class[self._classes] = torch.arange(len(self._classes), device="cpu")
+        for anchor in torch.randperm(len(self._classes), generator=generator, device="cpu").tolist():
             nearest = slot_of_class[neighbors[self._classes[anchor]].long()].tolist()
             # A dict keeps the order and drops what comes twice.
             slots = [slot for slot in dict.fromkeys([anchor, *nearest]) if slot >= 0]
             while len(slots) < self.classes_per_batch:
-                others = torch.randint(len(self), (self.classes_per_batch,), generator=generator)
+                size = (self.classes_per_batch,)
+                others = torch.randint(len(self._classes), size, generator=generator, device="cpu")
                 slots = list(dict.fromkeys([*slots, *others.tolist()]))
-            yield walk.draw(torch.tensor(slots[: self.classes_per_batch]), self.num_instances)
+            chosen = torch.tensor(slots[: self.classes_per_batch], dtype=torch.int64, device="cpu")
+            yield walk.draw(chosen, self.num_instances)
 
     def _check_neighbors(self, neighbors: Tensor) -> None:
         if not isinstance(neighbors, Tensor):
             raise TypeError(f"neighbors: expected an integer tensor [N, K], got {type(neighbors).__name__}")
-        if not _is_integer(neighbors):
-            raise TypeError(f"neighbors: expected an integer dtype, got {neighbors.dtype}")
+        _check_ids(neighbors, "neighbors")
         if neighbors.dim() != 2:
             raise ValueError(f"neighbors: expected shape [N, K], got {list(neighbors.shape)}")
         num_classes, num_neighbors = neighbors.shape
@@ -164,7 +174,7 @@ class GraphSampler(Sampler[list[int]]):
         largest_label = int(self._classes[-1])
         if largest_label >= num_classes:
             raise ValueError(f"labels reach {largest_label}, but neighbors has {num_classes} classes (rows)")
-        low, high = (int(bound) for bound in neighbors.aminmax())
+        low, high = (int(bound) for bound in neighbors.long().aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"neighbors: expected class ids in [0, {num_classes}), got {low} to {high}")
 
@@ -189,7 +199,8 @@ class _SampleWalk:
         """The next `num_instances` samples of every class in `slots` (distinct), class after class."""
         count, cursor = self.counts[slots], self.cursors[slots]
         start = self.starts[slots]
-        uniform = torch.rand(num_instances, len(slots), dtype=torch.float64, generator=self.generator)
+        size = (num_instances, len(slots))
+        uniform = torch.rand(size, dtype=torch.float64, device="cpu", generator=self.generator)
         # Once a walk starts over, what this batch holds already stands last in its class, and is kept out.
         held_back = torch.zeros_like(count)
         drawn = []
@@ -209,21 +220,29 @@ class _SampleWalk:
         return result
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+def _check_ids(ids: Tensor, name: str) -> None:
+    """Require integers that are stored one by one, and can be read.
+
+    Raises:
+        TypeError: another dtype, a sparse or nested tensor, one without values.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer dtype, got {ids.dtype}")
+    if ids.is_nested or ids.layout != torch.strided or ids.is_meta:
+        layout = "nested" if ids.is_nested else ids.layout
+        raise TypeError(f"{name}: expected a dense tensor of values, got layout {layout} on {ids.device}")
 
 
 def _label_tensor(labels: Tensor | Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
     """`labels` as int64 `[M]` on the CPU, after requiring them to be class ids."""
     try:
-        tensor = torch.as_tensor(labels).detach().cpu()
+        tensor = torch.as_tensor(labels, device=None if isinstance(labels, Tensor) else "cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"labels: expected integers, got {type(labels).__name__} ({error})") from error
     if tensor.dim() != 1 or tensor.numel() == 0:
         raise ValueError(f"labels: expected shape [M], M >= 1 samples, got {list(tensor.shape)}")
-    if not _is_integer(tensor):
-        raise TypeError(f"labels: expected an integer dtype, got {tensor.dtype}")
-    tensor = tensor.long()
+    _check_ids(tensor, "labels")
+    tensor = tensor.cpu().long()
     if int(tensor.min()) < 0:
         raise ValueError(f"labels: expected class ids of 0 and above, got {int(tensor.min())}")
     return tensor

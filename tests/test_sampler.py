@@ -196,8 +196,9 @@ def test_a_function_is_called_at_the_start_of_every_epoch() -> None:
     assert not calls
     for epoch in range(4):
         batches = iter(sampler)
-        assert len(calls) == epoch + 1
+        assert len(calls) == epoch
         for batch in batches:
+            assert len(calls) == epoch + 1
             anchor, nearest = batch[0] // 2, batch[2] // 2
             assert nearest == (anchor + 1 + epoch % 2) % 6
 
@@ -219,7 +220,41 @@ def test_a_function_that_returns_a_bad_graph_is_refused_at_the_start_of_the_epoc
     assert len(list(sampler)) == 3
     for error, text in ((TypeError, "float32"), (TypeError, "NoneType"), (ValueError, "K >= 2"), (ValueError, "3")):
         with pytest.raises(error, match=text):
-            iter(sampler)
+            next(iter(sampler))
+        assert sampler.epoch == 1
+
+
+def test_nothing_happens_until_the_first_batch_is_asked_for() -> None:
+    calls: list[int] = []
+
+    def neighbors() -> Tensor:
+        calls.append(1)
+        return ring(6, 2)
+
+    labels = torch.arange(6).repeat_interleave(5)
+    sampler, alone = (GraphSampler(labels, graph, 6, 2) for graph in (neighbors, ring(6, 2)))
+    discarded = [iter(sampler) for _ in range(3)]
+    assert not calls
+    assert sampler.epoch == 0
+    assert list(sampler) == list(alone)
+    del discarded
+    assert sampler.epoch == len(calls) == 1
+    assert list(sampler) == list(alone)
+
+
+def test_an_epoch_that_is_abandoned_counts_and_changes_no_other() -> None:
+    labels = torch.arange(6).repeat_interleave(5)
+    sampler, alone = (GraphSampler(labels, ring(6, 3), 8, 2) for _ in range(2))
+    epochs = [list(alone) for _ in range(6)]
+    abandoned = iter(sampler)
+    assert next(abandoned) == epochs[0][0]
+    assert list(sampler) == epochs[1]
+    waiting = iter(sampler)
+    sampler.set_epoch(4)
+    assert list(abandoned) == epochs[0][1:]
+    assert next(waiting) == epochs[4][0]
+    assert list(sampler) == epochs[5]
+    assert len(sampler) == len(alone) == 6
 
 
 def test_iterators_are_independent() -> None:
@@ -242,7 +277,7 @@ def test_iterators_are_independent() -> None:
     ],
     ids=["list", "tuple", "int64 array", "uint8 array", "int32 tensor"],
 )
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.uint16])
 def test_labels_and_neighbors_of_any_integer_type(labels: Any, dtype: torch.dtype) -> None:
     sampler = GraphSampler(labels, ring(5, 4).to(dtype), 4, 2)
     expected = GraphSampler(torch.tensor([0, 4, 0, 2, 4, 2]), ring(5, 4), 4, 2)
@@ -251,13 +286,81 @@ def test_labels_and_neighbors_of_any_integer_type(labels: Any, dtype: torch.dtyp
     assert all(type(sample) is int for batch in batches for sample in batch)
 
 
-def test_it_drives_a_data_loader() -> None:
+def assert_loader_gives_the_samplers_epochs(**options: Any) -> None:
+    """With whatever workers: the graph once an epoch, epochs 0, 1, 2, and then the one that is set."""
     labels = torch.arange(6).repeat_interleave(3)
-    sampler, expected = (GraphSampler(labels, ring(6, 2), 6, 2) for _ in range(2))
-    loader = DataLoader(TensorDataset(torch.arange(18), labels), batch_sampler=sampler)
-    assert len(loader) == 6
-    for _ in range(2):
-        assert [samples.tolist() for samples, _ in loader] == list(expected)
+    graphs: list[Tensor] = []
+
+    def neighbors() -> Tensor:
+        graphs.append(ring(6, 2).roll(len(graphs), dims=1))
+        return graphs[-1]
+
+    sampler = GraphSampler(labels, neighbors, 6, 2)
+    loader = DataLoader(TensorDataset(torch.arange(18), labels), batch_sampler=sampler, **options)
+    for built, epoch in enumerate((0, 1, 2, 7, 8)):
+        if epoch == 7:
+            sampler.set_epoch(epoch)
+        assert len(loader) == 6
+        batches = [samples.tolist() for samples, _ in loader]
+        assert len(graphs) == built + 1
+        expected = GraphSampler(labels, graphs[-1], 6, 2)
+        expected.set_epoch(epoch)
+        assert batches == list(expected)
+        assert sampler.epoch == epoch + 1
+
+
+few_processors = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@few_processors
+@pytest.mark.parametrize("persistent_workers", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_loader_builds_the_graph_once_an_epoch(num_workers: int, persistent_workers: bool) -> None:
+    options = {"persistent_workers": persistent_workers, "multiprocessing_context": "fork"} if num_workers else {}
+    assert_loader_gives_the_samplers_epochs(num_workers=num_workers, **options)
+
+
+@pytest.mark.slow
+@few_processors
+def test_a_loader_builds_the_graph_once_an_epoch_with_spawned_workers() -> None:
+    assert_loader_gives_the_samplers_epochs(num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+def test_batches_do_not_depend_on_the_default_dtype_or_device(default: torch.dtype | str) -> None:
+    # Classes 4 and 5 have too few neighbours with samples: random classes fill up.
+    labels = [n for n in range(6) for _ in range(3) if n != 0]
+    neighbors = ring(6, 2)
+    expected = list(GraphSampler(labels, neighbors, 9, 3))
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        batches = list(GraphSampler(labels, neighbors, 9, 3))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert batches == expected
+
+
+class Size:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, Size])
+def test_sizes_and_numbers_are_anything_with_an_index(number: Any) -> None:
+    labels = torch.arange(100).repeat_interleave(70)
+    expected = GraphSampler(labels, ring(100, 3), 240, 80, seed=5)
+    expected.set_epoch(3)
+    sampler = GraphSampler(labels, ring(100, 3), number(240), number(80), seed=number(5))
+    sampler.set_epoch(number(3))
+    assert next(iter(sampler)) == next(iter(expected))
 
 
 GOOD: dict[str, Any] = {"labels": [0, 0, 1, 2], "neighbors": ring(3, 2), "batch_size": 4, "num_instances": 2}
@@ -281,6 +384,17 @@ GOOD: dict[str, Any] = {"labels": [0, 0, 1, 2], "neighbors": ring(3, 2), "batch_
         ({"labels": [True, False]}, TypeError, "bool"),
         ({"labels": ["a", "b"]}, TypeError, "list"),
         ({"labels": None}, TypeError, "NoneType"),
+        ({"labels": torch.zeros(4, dtype=torch.int64).to_sparse()}, TypeError, "labels: .*sparse_coo"),
+        ({"labels": torch.zeros(4, dtype=torch.int64, device="meta")}, TypeError, "labels: .*meta"),
+        ({"neighbors": ring(3, 2).to_sparse()}, TypeError, "neighbors: .*sparse_coo"),
+        ({"neighbors": ring(3, 2).to("meta")}, TypeError, "neighbors: .*meta"),
+        (
+            {"neighbors": torch.nested.nested_tensor([[1], [0]], dtype=torch.int64, layout=torch.jagged)},
+            TypeError,
+            "neighbors: .*nested",
+        ),
+        ({"num_instances": True}, TypeError, "bool"),
+        ({"seed": 1.0}, TypeError, "float"),
         ({"neighbors": ring(3, 2).tolist()}, TypeError, "list"),
         ({"neighbors": ring(3, 2).double()}, TypeError, "float64"),
         ({"neighbors": torch.arange(3)}, ValueError, r"\[3\]"),
