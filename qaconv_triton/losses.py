@@ -1,4 +1,4 @@
-"""Losses over the scores of a `QAConv` matcher.
+"""Losses over the scores of a matcher, `QAConv` or another.
 
 - `PairwiseMatchingLoss`, `TripletLoss`: all pairs of a batch, as in QAConv-GS: Liao & Shao, "Graph Sampling
   Based Deep Metric Learning for Generalizable Person Re-Identification", arXiv:2104.01546.
@@ -13,15 +13,18 @@ Letters: B samples in a batch, N classes, K' scored classes of a sample (its K n
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+import reprlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from .checks import check_count, check_labels, check_maps
-from .scores import check_pairs
+from .checks import check_count, check_device, check_labels, check_maps, check_number
+from .recompute import MemoryLog, StatisticsGuard, is_recomputing
 
 if TYPE_CHECKING:
     from .matcher import QAConv
@@ -54,6 +57,23 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return positives.min(dim=1).values, negatives.max(dim=1).values
 
 
+def has_positive_and_negative(target: Tensor) -> Tensor:
+    """Whether the batch holds another sample of a sample's class, and one of another class.
+
+    Args:
+        target: int64 `[B]`.
+
+    Returns:
+        bool `[B]`.
+
+    Example:
+        >>> has_positive_and_negative(torch.tensor([0, 0, 1]))
+        tensor([ True,  True, False])
+    """
+    count = (target[:, None] == target).sum(dim=1)
+    return (count > 1) & (count < len(target))
+
+
 def batch_hard_hinge(score: Tensor, target: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """`relu(margin - (hardest positive - hardest negative))`, and whether the positive is not the lower one.
 
@@ -63,8 +83,8 @@ def batch_hard_hinge(score: Tensor, target: Tensor, margin: float) -> tuple[Tens
         margin: the distance wanted between the two.
 
     Returns:
-        loss `[B]`, exactly 0 for a sample without a positive or without a negative; accuracy `[B]`, 0 or 1,
-        without gradient.
+        loss `[B]`, exactly 0 for a sample without a positive or without a negative, even if its scores are NaN;
+        accuracy `[B]`, 0 or 1, without gradient, 1 for such a sample.
 
     Example:
         >>> score = torch.tensor([[9.0, 2.0, 5.0], [2.0, 9.0, 1.0], [5.0, 1.0, 9.0]])
@@ -72,7 +92,10 @@ def batch_hard_hinge(score: Tensor, target: Tensor, margin: float) -> tuple[Tens
         (tensor([5., 1., 0.]), tensor([0., 1., 1.]))
     """
     positive, negative = hardest_pairs(score, target)
-    return torch.relu(margin - (positive - negative)), (positive >= negative).to(score.dtype)
+    is_triplet = has_positive_and_negative(target)
+    # Where there is no triplet a score may be NaN or infinite, which no arithmetic would turn into 0.
+    gap = torch.where(is_triplet, positive - negative, math.inf)
+    return torch.relu(margin - gap), ((positive >= negative) | ~is_triplet).to(score.dtype)
 
 
 def neighbor_cross_entropy(scores: ClassScores, target: Tensor, unscored: int) -> Tensor:
@@ -118,15 +141,20 @@ class MatcherLoss(nn.Module):
     """What the losses share: the matcher, its scores of all pairs of a batch, and its resets.
 
     Args:
-        matcher: the `QAConv` whose scores the loss is over; its parameters are the loss's.
+        matcher: the module whose scores the loss is over, `QAConv` or another with `forward(prob_fea, gal_fea)`;
+            its parameters are the loss's.
+
+    Raises:
+        TypeError: a matcher that is no module, or cannot be called with two feature maps.
 
     Example:
         >>> MatcherLoss(QAConv(num_features=8, height=4, width=4)).reset_running_stats()
     """
 
-    def __init__(self, matcher: QAConv) -> None:
+    def __init__(self, matcher: nn.Module) -> None:
         super().__init__()
-        self.matcher = matcher
+        _check_matcher(matcher)
+        self.matcher: Any = matcher
 
     def reset_running_stats(self) -> None:
         """Reset the matcher's running statistics."""
@@ -136,9 +164,29 @@ class MatcherLoss(nn.Module):
         """Reset the matcher's parameters."""
         self.matcher.reset_parameters()
 
-    def _pair_scores(self, feature: Tensor, occlusion_maps: Tensor | None) -> Tensor:
-        score: Tensor = self.matcher(feature, "same", prob_occ=occlusion_maps, gal_occ=occlusion_maps)
+    def _scores(self, feature: Tensor, gallery: Tensor, occlusion_maps: Tensor | None = None) -> Tensor:
+        """The matcher's scores `[B, G]`; a matcher that knows no visibility can do without one that is not given."""
+        if occlusion_maps is None:
+            score = self.matcher(feature, gallery)
+        else:
+            score = self.matcher(feature, gallery, prob_occ=occlusion_maps, gal_occ=occlusion_maps)
+        expected = [len(feature), len(gallery)]
+        if not isinstance(score, Tensor) or list(score.shape) != expected:
+            got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"{type(self.matcher).__name__}: expected scores of shape {expected}, got {got}")
         return score
+
+
+def _check_matcher(matcher: object) -> None:
+    wanted = "expected a module with forward(prob_fea, gal_fea), such as QAConv"
+    if not isinstance(matcher, nn.Module):
+        raise TypeError(f"matcher: {wanted}, got {type(matcher).__name__} {reprlib.repr(matcher)}")
+    try:
+        inspect.signature(matcher.forward).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"matcher: {wanted}, got {type(matcher).__name__} ({error})") from error
+    except ValueError:
+        pass  # compiled code has no signature
 
 
 class PairwiseMatchingLoss(MatcherLoss):
@@ -147,7 +195,7 @@ class PairwiseMatchingLoss(MatcherLoss):
     Self pairs count, as published.
 
     Args:
-        matcher: the `QAConv` that scores the pairs.
+        matcher: the module that scores the pairs, `QAConv` or another with `forward(prob_fea, gal_fea)`.
 
     Example:
         >>> loss_function = PairwiseMatchingLoss(QAConv(num_features=8, height=4, width=4))
@@ -178,19 +226,25 @@ class PairwiseMatchingLoss(MatcherLoss):
         """
         check_maps(feature, "feature")
         target = check_labels(target, len(feature), None, feature.device)
-        score = self._pair_scores(feature, occlusion_maps)
-        same = (target[:, None] == target).to(score.dtype)
-        loss = F.binary_cross_entropy_with_logits(score, same, reduction="none").sum(dim=1)
-        positive, negative = hardest_pairs(score.detach(), target)
-        return loss, (positive > negative).to(score.dtype)
+        with StatisticsGuard(self.matcher):
+            score = self._scores(feature, feature, occlusion_maps)
+            same = (target[:, None] == target).to(score.dtype)
+            loss = F.binary_cross_entropy_with_logits(score, same, reduction="none").sum(dim=1)
+            positive, negative = hardest_pairs(score.detach(), target)
+            is_right = (positive > negative) | ~has_positive_and_negative(target)
+            return loss, is_right.to(score.dtype)
 
 
 class TripletLoss(MatcherLoss):
     """Batch-hard triplet hinge: the hardest positive should score `margin` above the hardest negative.
 
     Args:
-        matcher: the `QAConv` that scores the pairs.
-        margin: the distance wanted between the two.
+        matcher: the module that scores the pairs, `QAConv` or another with `forward(prob_fea, gal_fea)`.
+        margin: the distance wanted between the two, a finite number of 0 or above.
+
+    Raises:
+        TypeError: a matcher that is none, a margin that is no number.
+        ValueError: a margin that is negative, infinite or NaN.
 
     Example:
         >>> loss_function = TripletLoss(QAConv(num_features=8, height=4, width=4), margin=16)
@@ -203,9 +257,9 @@ class TripletLoss(MatcherLoss):
     Reference: Liao & Shao, arXiv:2104.01546; batch-hard: Hermans et al., arXiv:1703.07737.
     """
 
-    def __init__(self, matcher: QAConv, margin: float = 16) -> None:
+    def __init__(self, matcher: nn.Module, margin: float = 16) -> None:
         super().__init__(matcher)
-        self.margin = margin
+        self.margin = check_number(margin, "margin", why="the distance wanted between scores")
 
     def forward(self, feature: Tensor, target: Tensor, occlusion_maps: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss and the accuracy of every sample.
@@ -225,7 +279,8 @@ class TripletLoss(MatcherLoss):
         """
         check_maps(feature, "feature")
         target = check_labels(target, len(feature), None, feature.device)
-        return batch_hard_hinge(self._pair_scores(feature, occlusion_maps), target, self.margin)
+        with StatisticsGuard(self.matcher):
+            return batch_hard_hinge(self._scores(feature, feature, occlusion_maps), target, self.margin)
 
 
 class SoftmaxTripletLoss(MatcherLoss):
@@ -235,13 +290,15 @@ class SoftmaxTripletLoss(MatcherLoss):
 
     Args:
         matcher: a `QAConv` with a class table (`num_classes`).
-        margin: of the triplet loss.
-        triplet_weight: the mean triplet loss's weight in the sum.
+        margin: of the triplet loss, a finite number of 0 or above.
+        triplet_weight: the mean triplet loss's weight in the sum, likewise.
         background: the logits of the classes that were not scored: `"zero"`, or `"ignore"` to leave them out
             of the softmax, which needs a matcher with `include_self=True`.
 
     Raises:
-        ValueError: another `background`; `"ignore"` without `include_self`.
+        TypeError: a matcher without `class_scores`; a margin or weight that is no number.
+        ValueError: a margin or weight that is negative, infinite or NaN; another `background`; `"ignore"` without
+            `include_self`.
 
     Example:
         >>> matcher = QAConv(8, 4, 4, num_classes=10, k_nearest=3, include_self=True)
@@ -265,6 +322,8 @@ class SoftmaxTripletLoss(MatcherLoss):
         background: Background = "zero",
     ) -> None:
         super().__init__(matcher)
+        if not callable(getattr(matcher, "class_scores", None)):
+            raise TypeError(f"matcher: expected one with class_scores, as QAConv has, got {type(matcher).__name__}")
         if background not in get_args(Background):
             raise ValueError(f"background: expected 'zero' or 'ignore', got {background!r}")
         if background == "ignore" and not matcher.include_self:
@@ -272,8 +331,8 @@ class SoftmaxTripletLoss(MatcherLoss):
                 "background='ignore' needs a matcher with include_self=True, got include_self=False: "
                 "the target itself would have no score"
             )
-        self.margin = margin
-        self.triplet_weight = triplet_weight
+        self.margin = check_number(margin, "margin", why="the distance wanted between scores")
+        self.triplet_weight = check_number(triplet_weight, "triplet_weight", why="the weight of the triplet loss")
         self.background = background
 
     def forward(
@@ -298,17 +357,17 @@ class SoftmaxTripletLoss(MatcherLoss):
         """
         check_maps(feature, "feature")
         target = check_labels(target, len(feature), self.matcher.num_classes, feature.device)
-        check_pairs(len(feature) ** 2, self.matcher.logit_bn)  # before the class path updates anything
-        # The running statistics see the class path first, then the pairs.
-        scores = self.matcher.class_scores(feature, target, prob_occ=occlusion_maps)
-        unscored = scores.num_classes - scores.classes.shape[1] if self.background == "zero" else 0
-        cls_loss = neighbor_cross_entropy(scores, target, unscored)
-        cls_acc = (predicted_class(scores, unscored) == target).to(cls_loss.dtype)
+        with StatisticsGuard(self.matcher):
+            # The running statistics see the class path first, then the pairs.
+            scores: ClassScores = self.matcher.class_scores(feature, target, prob_occ=occlusion_maps)
+            unscored = scores.num_classes - scores.classes.shape[1] if self.background == "zero" else 0
+            cls_loss = neighbor_cross_entropy(scores, target, unscored)
+            cls_acc = (predicted_class(scores, unscored) == target).to(cls_loss.dtype)
 
-        pair_scores = self._pair_scores(feature, occlusion_maps)
-        triplet_loss, triplet_acc = batch_hard_hinge(pair_scores, target, self.margin)
-        loss = cls_loss + self.triplet_weight * triplet_loss.mean()
-        return cls_loss, triplet_loss, loss, cls_acc, triplet_acc
+            pair_scores = self._scores(feature, feature, occlusion_maps)
+            triplet_loss, triplet_acc = batch_hard_hinge(pair_scores, target, self.margin)
+            loss = cls_loss + self.triplet_weight * triplet_loss.mean()
+            return cls_loss, triplet_loss, loss, cls_acc, triplet_acc
 
 
 class ClassMemoryLoss(MatcherLoss):
@@ -317,8 +376,16 @@ class ClassMemoryLoss(MatcherLoss):
     Classes not seen yet do not count. The memory takes in every batch after its loss, in evaluation mode as
     well, as published; where a class comes several times in a batch, its last sample stays.
 
+    - Under activation checkpointing (`torch.utils.checkpoint`, in both modes) a forward that is run again sees the
+      memory as it was the first time, and changes nothing. At most the last 8 forwards can be run again.
+    - Where `torch.distributed` is initialised, every rank remembers the batches of all ranks, in the order of the
+      ranks; a forward is then a collective call, in evaluation mode as well. Batches may differ in size.
+    - `class_memory` and `valid_class` are in the state dict and follow `.to()`, but are no buffers:
+      `DistributedDataParallel` does not broadcast them, and weight averaging does not average them.
+
     Args:
-        matcher: the `QAConv` that scores samples against the memory.
+        matcher: the module that scores samples against the memory, `QAConv` or another with
+            `forward(prob_fea, gal_fea)`. The memory is on its device, in float32 (float64 for a float64 matcher).
         num_classes: N.
         num_features: C.
         height: H.
@@ -326,7 +393,7 @@ class ClassMemoryLoss(MatcherLoss):
         mem_batch_size: classes matched at a time; each such call has its own batch statistics.
 
     Raises:
-        TypeError: a count that is not an int.
+        TypeError: a matcher that is none, a count that is not an integer.
         ValueError: a count below 1.
 
     Example:
@@ -341,37 +408,39 @@ class ClassMemoryLoss(MatcherLoss):
     Reference: Liao & Shao, arXiv:1904.10424; focal loss: Lin et al., arXiv:1708.02002.
     """
 
-    class_memory: Tensor
-    valid_class: Tensor
+    class_memory: Tensor  # [N, C, H, W]
+    valid_class: Tensor  # [N], 1 for a class that was seen, else 0
+    _STATE = ("class_memory", "valid_class")
 
     def __init__(
         self,
-        matcher: QAConv,
-        num_classes: int,
-        num_features: int,
-        height: int,
-        width: int,
-        mem_batch_size: int = 16,
+        matcher: nn.Module,
+        num_classes: SupportsIndex,
+        num_features: SupportsIndex,
+        height: SupportsIndex,
+        width: SupportsIndex,
+        mem_batch_size: SupportsIndex = 16,
     ) -> None:
         super().__init__(matcher)
-        check_count(num_classes, "num_classes", low=1, high=None, why="classes in the memory")
-        check_count(num_features, "num_features", low=1, high=None, why="channels of a feature map")
-        check_count(height, "height", low=1, high=None, why="of a feature map")
-        check_count(width, "width", low=1, high=None, why="of a feature map")
-        check_count(mem_batch_size, "mem_batch_size", low=1, high=None, why="classes matched at a time")
-        self.num_classes = num_classes
-        self.num_features = num_features
-        self.height = height
-        self.width = width
-        self.mem_batch_size = mem_batch_size
-        memory = torch.zeros(num_classes, num_features, height, width)
-        self.register_buffer("class_memory", memory.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("valid_class", torch.zeros(num_classes))
+        self.num_classes = check_count(num_classes, "num_classes", low=1, high=None, why="classes in the memory")
+        self.num_features = check_count(num_features, "num_features", low=1, high=None, why="channels of a feature map")
+        self.height = check_count(height, "height", low=1, high=None, why="of a feature map")
+        self.width = check_count(width, "width", low=1, high=None, why="of a feature map")
+        self.mem_batch_size = check_count(
+            mem_batch_size, "mem_batch_size", low=1, high=None, why="classes matched at a time"
+        )
+        like = next(matcher.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shape = (self.num_classes, self.num_features, self.height, self.width)
+        self.class_memory = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.valid_class = torch.zeros(self.num_classes, dtype=dtype, device=like.device)
+        self._log = MemoryLog()
 
     def reset_running_stats(self) -> None:
         """Forget all classes, and reset the matcher's running statistics."""
         self.class_memory.zero_()
         self.valid_class.zero_()
+        self._log.clear()
         super().reset_running_stats()
 
     def forward(self, feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,35 +459,118 @@ class ClassMemoryLoss(MatcherLoss):
             TypeError: `feature` or `target` of another dtype.
             ValueError: another shape or device.
             IndexError: a target outside `[0, N)`.
+            RuntimeError: a forward within a backward pass that repeats none of the last forwards.
         """
         check_maps(feature, "feature", channels=self.num_features, height=self.height, width=self.width)
+        check_device(feature, "feature", self.class_memory.device, "the class memory")
         target = check_labels(target, len(feature), self.num_classes, feature.device)
-        # The memory changes before the backward pass, which works on the matcher's normalised copies of it.
-        chunks = torch.split(self.class_memory, self.mem_batch_size)
-        check_pairs(len(feature) * len(chunks[-1]), self.matcher.logit_bn)  # before a larger chunk updates anything
-        score = torch.cat([self.matcher(feature, chunk) for chunk in chunks], dim=1)
+        with StatisticsGuard(self.matcher):
+            if is_recomputing():
+                with self._log.rewound(self.class_memory, self.valid_class, feature, target):
+                    return self._loss_and_accuracy(feature, target)
+            loss, accuracy = self._loss_and_accuracy(feature, target)
+            self._remember(feature.detach(), target, loss)
+            return loss, accuracy
 
+    def _loss_and_accuracy(self, feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        # The memory changes before the backward pass, which therefore works on copies.
+        copies = (
+            chunk.clone(memory_format=torch.channels_last)
+            for chunk in torch.split(self.class_memory, self.mem_batch_size)
+        )
+        score = torch.cat([self._scores(feature, chunk) for chunk in copies], dim=1)
         is_target = target[:, None] == torch.arange(self.num_classes, device=target.device)
         loss = F.binary_cross_entropy_with_logits(score, is_target.to(score.dtype), reduction="none")
         probability = score.sigmoid()
         weight = torch.where(is_target, 1 - probability, probability).square()
         loss = (loss * weight * self.valid_class.clone()).sum(dim=1)
         loss = loss.masked_fill(~is_target.any(dim=1), math.nan)
-        self._remember(feature.detach(), target)
         return loss, (score.argmax(dim=1) == target).to(score.dtype)
 
     @torch.no_grad()
-    def _remember(self, feature: Tensor, target: Tensor) -> None:
+    def _remember(self, feature: Tensor, target: Tensor, loss: Tensor) -> None:
         """Store each class's last sample, without a race: all writes to a row carry the same value.
 
         An invalid target is led to some row, and writes what the row holds anyway.
         """
-        if not len(target):
+        features, targets = _of_all_ranks(feature, target)
+        if not len(targets):
             return
-        row = target.clamp(0, self.num_classes - 1)
-        sample = torch.arange(len(target), device=target.device)
-        last = torch.where(target == row[:, None], sample, -1).amax(dim=1)
+        row = targets.clamp(0, self.num_classes - 1)
+        sample = torch.arange(len(targets), device=targets.device)
+        last = torch.where(targets == row[:, None], sample, -1).amax(dim=1)
         seen = last >= 0  # [B], False where no sample is of the row's class
-        new = feature[last.clamp(min=0)].to(self.class_memory.dtype)
-        self.class_memory[row] = torch.where(seen[:, None, None, None], new, self.class_memory[row])
-        self.valid_class[row] = torch.where(seen, 1.0, self.valid_class[row])
+        new = features[last.clamp(min=0)].to(self.class_memory.dtype)
+        maps, flags = self.class_memory[row], self.valid_class[row]
+        if not torch.compiler.is_compiling():
+            self._log.record(feature, target, loss, row, maps, flags)
+        self.class_memory[row] = torch.where(seen[:, None, None, None], new, maps)
+        self.valid_class[row] = torch.where(seen, 1.0, flags)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassMemoryLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._STATE:
+            setattr(self, name, fn(getattr(self, name)))
+        self._log.clear()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._STATE:
+            destination[prefix + name] = getattr(self, name).detach().contiguous()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the memory as `nn.Module` loads a buffer; not at all if one of its tensors does not fit."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        keys = {name: prefix + name for name in self._STATE}
+        if strict:
+            missing_keys += [key for key in keys.values() if key not in state_dict]
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in keys.values()]
+        loaded = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
+        errors = []
+        for name, value in loaded.items():
+            shape = getattr(value, "shape", type(value).__name__)
+            if shape != getattr(self, name).shape:
+                errors.append(f"size mismatch for {keys[name]}: {shape} for {getattr(self, name).shape} in this module")
+        error_msgs += errors
+        if errors:
+            return
+        with torch.no_grad():
+            for name, value in loaded.items():
+                if local_metadata.get("assign_to_params_buffers", False):
+                    setattr(self, name, value.detach())
+                else:
+                    getattr(self, name).copy_(value)
+        self._log.clear()
+
+
+def _of_all_ranks(feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks, one after the other; only this one where `torch.distributed` is not initialised."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return feature, target
+
+    def gathered(tensor: Tensor) -> list[Tensor]:
+        tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(tensors, tensor)
+        return tensors
+
+    counts = torch.cat(gathered(target.new_tensor([len(target)]))).tolist()
+    padding = max(counts) - len(target)
+    features = gathered(F.pad(feature, (0, 0, 0, 0, 0, 0, 0, padding)).contiguous())
+    targets = gathered(F.pad(target, (0, padding)))
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensor[:count] for tensor, count in zip(tensors, counts, strict=True)])
+
+    return joined(features), joined(targets)

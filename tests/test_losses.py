@@ -376,7 +376,7 @@ def test_class_memory_loss_writes_equal_values_for_equal_labels(monkeypatch: pyt
     feature, target, _ = make_batch([4, 2, 4, 4, 2])
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "__setitem__", write_in_reverse)
-        module._remember(feature.detach(), target)
+        module._remember(feature.detach(), target, torch.zeros(len(target)))
     assert torch.equal(module.class_memory[4], feature[3].detach())
     assert torch.equal(module.class_memory[2], feature[4].detach())
 
