@@ -483,7 +483,7 @@ class ClassMemoryLoss(MatcherLoss):
         loss = F.binary_cross_entropy_with_logits(score, is_target.to(score.dtype), reduction="none")
         probability = score.sigmoid()
         weight = torch.where(is_target, 1 - probability, probability).square()
-        loss = (loss * weight * self.valid_class.clone()).sum(dim=1)
+        loss = (loss * weight).masked_fill(self.valid_class == 0, 0.0).sum(dim=1)
         loss = loss.masked_fill(~is_target.any(dim=1), math.nan)
         return loss, (score.argmax(dim=1) == target).to(score.dtype)
 
@@ -501,11 +501,16 @@ class ClassMemoryLoss(MatcherLoss):
         last = torch.where(targets == row[:, None], sample, -1).amax(dim=1)
         seen = last >= 0  # [B], False where no sample is of the row's class
         new = features[last.clamp(min=0)].to(self.class_memory.dtype)
-        maps, flags = self.class_memory[row], self.valid_class[row]
-        if not torch.compiler.is_compiling():
-            self._log.record(feature, target, loss, row, maps, flags)
-        self.class_memory[row] = torch.where(seen[:, None, None, None], new, maps)
-        self.valid_class[row] = torch.where(seen, 1.0, flags)
+        old, old_flags = self.class_memory[row], self.valid_class[row]
+        maps, flags = torch.where(seen[:, None, None, None], new, old), torch.where(seen, 1.0, old_flags)
+        if torch.compiler.is_compiling():
+            # A compiled backward pass may compute again what it needs from the memory: that must not change.
+            self.class_memory = self.class_memory.index_put((row,), maps)
+            self.valid_class = self.valid_class.index_put((row,), flags)
+            return
+        self._log.record(feature, target, loss, row, old, old_flags)
+        self.class_memory[row] = maps
+        self.valid_class[row] = flags
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassMemoryLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

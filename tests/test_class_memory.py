@@ -177,6 +177,17 @@ def test_every_forward_is_remembered(training: bool, context: Callable[[], Any])
     plain(module, *batch(0)).backward()
 
 
+@pytest.mark.slow
+def test_compiling_changes_no_gradient() -> None:
+    torch.compiler.reset()
+    module, twin = make_loss(), make_loss()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    expected, actual = step_by_step(module, plain), step_by_step(twin, lambda _, *one: plain(compiled, *one))
+    assert_same(actual, expected)
+    assert_same(memory_of(twin), memory_of(module))
+    torch.compiler.reset()
+
+
 # --- the memory is state, but no buffer -------------------------------------------------------------------------------
 
 
