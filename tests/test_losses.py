@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qaconv_triton import ClassScores, QAConv, losses
 from qaconv_triton.losses import (
@@ -623,6 +624,23 @@ def test_a_forward_that_fails_midway_changes_nothing(
         assert module.matcher.class_neighbors is graph
     for actual, wanted in zip(module(feature, target), expected(feature, target), strict=True):
         assert torch.equal(actual, wanted)
+    assert_same_state(expected.state_dict(), module)
+
+
+@every_loss
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_the_statistics_count_a_checkpointed_forward_once(
+    make_loss: Callable[[], MatcherLoss], use_reentrant: bool
+) -> None:
+    module, expected = make_loss(), make_loss()
+    feature, target, _ = make_batch(TARGETS["mixed"])
+    for _ in range(2):
+        checkpoint(module, feature, target, use_reentrant=use_reentrant)[0].sum().backward()
+        actual = gradient_of(feature).clone()
+        feature.grad = None
+        expected(feature, target)[0].sum().backward()
+        torch.testing.assert_close(actual, gradient_of(feature), rtol=1e-9, atol=1e-12)
+        feature.grad = None
     assert_same_state(expected.state_dict(), module)
 
 
