@@ -1,5 +1,6 @@
 # Each target but gpu-check works in a fresh clone: it creates .venv, installs the pinned versions, then does its job.
-# A second call reuses .venv; a change of pyproject.toml or constraints.txt installs again.
+# A second call reuses .venv; a change of pyproject.toml or constraints.txt installs again. test-oldest does the same with
+# .venv-oldest and constraints-oldest.txt.
 
 PYTHON   ?= python3
 ARGS     ?=
@@ -9,14 +10,20 @@ THREADS  ?= 1
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-INSTALL  = $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS) -c constraints.txt
+PIP      = python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
+INSTALL  = $(BIN)/$(PIP) -c constraints.txt
+PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile
+OLDEST  := .venv-oldest/bin
+# the tests of measuring need no second version, and compiling for one architecture shows that Triton takes the kernels
+OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench bench_scores gpu_check perf_gate performance report), \
+                  $(wildcard tests/test_*.py))
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format benchmark gpu-check clean
+.PHONY: help demo test test-oldest lint format benchmark gpu-check clean
 
 help: ## list the targets and variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
 	@echo "                or for the check (make gpu-check ARGS='--minutes 30'; --dry-run works without a GPU)"
@@ -28,7 +35,11 @@ demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with g
 	$(BIN)/python examples/glyphs.py $(ARGS)
 
 test: lint ## lint, then the whole test suite
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/$(PYTEST) $(ARGS)
+
+test-oldest: .venv-oldest/test.stamp ## the tests of the library with the oldest torch, Triton and others that it supports
+	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) -m 'not slow' -k 'not (sm_80 or sm_86 or sm_89 or sm_100 or gfx942)' \
+		$(OLDEST_TESTS) $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check $(SOURCES)
@@ -47,8 +58,8 @@ gpu-check: ## test and measure on this machine's GPU, offline, in ten minutes; r
 	@$(PYTHON) -c 'import qaconv_triton' 2>/dev/null || $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
 	$(PYTHON) -m bench gpu-check $(ARGS)
 
-clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+clean: ## remove .venv, .venv-oldest, caches and build output
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/venv.stamp:
@@ -65,3 +76,9 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/venv.stamp
 	@echo "Installing the development packages into $(VENV) (first call only)"
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/demo.stamp $@
+
+.venv-oldest/test.stamp: pyproject.toml constraints-oldest.txt
+	@echo "Installing the oldest supported packages into .venv-oldest (first call only)"
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/$(PIP) -c constraints-oldest.txt -e '.[test]'
+	@touch $@

@@ -6,6 +6,10 @@ Query-adaptive convolution: arXiv:1904.10424; graph sampling:
 arXiv:2104.01546.
 """
 
+from . import versions
+
+versions.check_installed()  # first: what follows fails under an old torch, with less clear errors
+
 from . import functional
 from .checkpoint import convert_checkpoint
 from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
