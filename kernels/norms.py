@@ -48,8 +48,8 @@ def inverse_norms(vectors: Tensor) -> Tensor:
     dtype = accumulation_dtype(vectors.dtype)
     safe, shift, _ = RANGES[dtype]
     norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
-    inverse = torch.where(norm == 0, 0.0, norm.reciprocal())
-    outside = (norm < 1 / safe) | (norm > safe)
+    inverse = norm.reciprocal()
+    outside = (norm < 1 / safe) | (norm > safe)  # zero vectors among them
     if outside.any():
         unsafe = vectors[outside].to(dtype)
         scale = power_of_two(unsafe)

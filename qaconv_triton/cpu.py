@@ -26,6 +26,7 @@ BLOCK = 2**20  # correlations at a time
 LARGER = 4  # blocks by so much where all that remains of a pair is a number
 MAPS = 2**21  # numbers of the gallery maps at a time
 SHARING = 512  # probe locations at a time: enough for products to be as fast as they get
+NEAR = 2.0**20  # norms from 1 / NEAR to NEAR, and zero
 ENTRIES = 2**17  # terms of the gradients' sums at a time
 
 
@@ -352,6 +353,9 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
     shape = gallery.shape[0] if rows is None else slots.shape[0], locations, channels
     out = gallery.new_empty(shape) if slots.shape[0] == shape[0] else gallery.new_zeros(shape)
     table, scratch = probe.to(saved.grad.dtype).flatten(0, 1), Scratch(device)
+    # Lengths near 1 may be squared, which saves a pass over the gradient.
+    rnorm = saved.rnorm
+    is_near = rnorm.numel() > 0 and bool(((rnorm == 0) | ((rnorm > 1 / NEAR) & (rnorm < NEAR))).all())
     most_maps = max(1, MAPS // (locations * channels))
     most = max(1, min(most_maps, ENTRIES * slots.shape[0] // max(1, 2 * locations * int(offsets[-1]))))
     for first in range(0, slots.shape[0], most):
@@ -364,20 +368,19 @@ def _to_gallery(saved: Saved, probe: Tensor, gallery: Tensor, index: Tensor | No
         else:
             pair = edges[bounds[0] : bounds[-1]]
             met = pair // neighbors
-        terms = Terms(saved, pair, raw=False)
+        terms = Terms(saved, pair, raw=is_near)
         places, rows_met = ((of * locations).unsqueeze(1) + on for of, on in ((own, terms.r), (met, terms.s)))
         sums = Sums(places, ids.shape[0] * locations)
         part = sums.of_rows(table, rows_met, terms.weights)
-        if saved.rnorm.numel():
-            norms = saved.rnorm[first : first + ids.shape[0]].view(-1)
+        if rnorm.numel():
+            norms = rnorm[first : first + ids.shape[0]].view(-1)
             along = sums.of(saved.grad[pair] * saved.pooled[pair])  # the part that normalising removes
             maps = scratch.rows("maps", gallery, ids, part.dtype).flatten(0, 1)
-            if (norms < 0).any():
+            if is_near:
+                part.addcmul_(maps, along * norms.square().unsqueeze(1), value=-1.0)
+            else:
                 scale, factor = scale_and_inverse(norms.unsqueeze(1))
                 part.addcmul_(normalized(maps, norms), along, value=-1.0).mul_(factor).mul_(scale)
-            else:
-                norms = norms.unsqueeze(1)
-                part.addcmul_(maps, along * norms, value=-1.0).mul_(norms)
         where = slice(first, first + most) if shape[0] == slots.shape[0] else ids
         out[where] = part.view(-1, locations, channels).to(out.dtype)
     return out
