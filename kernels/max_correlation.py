@@ -265,7 +265,7 @@ def forward(
     """
     probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
-    _check_sizes(probe, gallery, neighbors)
+    _check_sizes(probe, gallery, index)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
     argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
     rnorm = inverse_norms(gallery, edges) if normalize_gallery else pooled.new_empty(0)
@@ -285,7 +285,7 @@ def pair_sums(
     """
     probes, locations, _ = probe.shape
     neighbors = gallery.shape[0] if index is None else index.shape[1]
-    _check_sizes(probe, gallery, neighbors)
+    _check_sizes(probe, gallery, index)
     sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
     if sums.numel() == 0 or gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
@@ -309,15 +309,17 @@ def pair_sums(
     return sums
 
 
-def _check_sizes(probe: Tensor, gallery: Tensor, neighbors: int) -> None:
+def _check_sizes(probe: Tensor, gallery: Tensor, index: Tensor | None) -> None:
     probes, locations, channels = probe.shape
     if locations * channels > config.MAX_MAP_ELEMENTS or max(locations, channels) > config.MAX_MAP_AXIS:
         raise ValueError(
             f"expected maps of at most {config.MAX_MAP_ELEMENTS} elements, {config.MAX_MAP_AXIS} locations and "
             f"{config.MAX_MAP_AXIS} channels, got {locations} locations and {channels} channels"
         )
+    neighbors = gallery.shape[0] if index is None else index.shape[1]
+    touched = gallery.shape[0] if index is None else min(index.numel(), gallery.shape[0])
     share = config.neighbors_per_program(probes, neighbors)
-    if max(probes * triton.cdiv(neighbors, share), gallery.shape[0]) > config.MAX_GRID:
+    if max(probes * triton.cdiv(neighbors, share), touched) > config.MAX_GRID:
         raise ValueError(
             f"{probes} probes with {neighbors} of {gallery.shape[0]} gallery maps are too many for one launch: "
             "expected fewer probes at a time"

@@ -27,8 +27,6 @@ from .kernels import config
 from .kernels.norms import accumulation_dtype, power_of_two, with_norms
 from .kernels.panels import Progress
 from .progress import show_progress
-from .kernels.panels import Progress
-from .progress import show_progress
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

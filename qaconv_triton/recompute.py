@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+GRAPH = ("_graph", "_last_graph", "_copied_table")  # of a QAConv
 MAX_UPDATES = 8  # forwards whose recomputation may be outstanding
 MAX_DIFFERENCE = 0.1  # between the features of a forward and of its recomputation: far above rounding, far below 1
 
@@ -34,7 +35,7 @@ class StatisticsGuard:
     If the forward fails, statistics and class graph are as before; if it is a recomputation, so are the statistics.
 
     Args:
-        matcher: the module whose batch norms and `class_neighbors`, if any, are meant.
+        matcher: the module whose batch norms and class graph, if any, are meant.
 
     Example:
         >>> norm = torch.nn.BatchNorm1d(1)
@@ -45,14 +46,15 @@ class StatisticsGuard:
     """
 
     def __init__(self, matcher: nn.Module) -> None:
-        self.matcher: Any = matcher
+        self.matcher = matcher
         self.statistics: list[tuple[Tensor, Tensor]] = []
+        self.graphs: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             return
-        self.graph = getattr(self.matcher, "class_neighbors", None)
         for module in self.matcher.modules():
+            self.graphs.append((module, {name: vars(module)[name] for name in GRAPH if name in vars(module)}))
             if module.training:
                 buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name in STATISTICS]
                 self.statistics += [(buffer, buffer.clone()) for buffer in buffers]
@@ -64,8 +66,9 @@ class StatisticsGuard:
             return
         for buffer, value in self.statistics:
             buffer.data.copy_(value)  # .data: a backward pass that saved the buffer does not use it in training mode
-        if kind is not None and getattr(self.matcher, "class_neighbors", None) is not self.graph:
-            self.matcher.class_neighbors = self.graph
+        if kind is not None:
+            for module, graph in self.graphs:
+                vars(module).update(graph)
 
 
 @dataclass(eq=False)

@@ -378,7 +378,7 @@ def graph(embeddings: object = FLAT, k: object = 2) -> Callable[[], object]:
         (topk(keys=FLAT[:0], k=1), ValueError, ["k ", "0 keys", "got 1"]),
         (topk(k=2.0), TypeError, ["k:", "int", "float"]),
         (topk(k=True), TypeError, ["k:", "int", "bool"]),
-        (topk(k=torch.tensor(2)), TypeError, ["k:", "int", "Tensor"]),
+        (topk(k=torch.tensor(2.0)), TypeError, ["k:", "int", "Tensor"]),
         (graph(embeddings="table"), TypeError, ["embeddings", "str"]),
         (graph(embeddings=FLAT[0]), ValueError, ["embeddings", "[12]"]),
         (graph(embeddings=FOUR[None]), ValueError, ["embeddings", "[1, 5, 2, 3, 2]"]),
