@@ -261,6 +261,8 @@ class _Normalize(torch.autograd.Function):
     Returns the unit vectors, and their inverse norms once they are scaled by a power of two.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(maps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         scaled = maps * scale
