@@ -153,11 +153,13 @@ def neighbors_per_program(probes: int, neighbors: int) -> int:
 def correlation_backward(locations: int, channels: int, element_size: int) -> list[Config]:
     """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator.
 
-    fp32 takes smaller tiles: its products split every operand in two.
+    fp32 takes smaller tiles: its products split every operand in two. On AMD what is on its way stays in registers: a
+    stage more, and a tile that is scaled before its product spills.
     """
+    stages = 2 if generation() == AMD else 3
     tile = _power_of_two(locations, 16, 64 if element_size == 2 else 32)
     found = [
-        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, num_stages=3)
+        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, stages)
         for most in (128, 64, 256)
         for num_warps in ((8, 4) if tile >= 32 else (4, 2))
     ]

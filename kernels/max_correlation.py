@@ -94,7 +94,7 @@ def _forward_kernel(
     p_rnorm,  # [T or G, S] fp32
     p_outside,  # [] bool: whether some map is outside the safe range
     p_weight,  # [2S] fp32, of the pooled values in p_sums
-    p_sums,  # [P, K] fp32
+    p_sums,  # [S / BS, P, K] fp32, of every block of s
     P,
     K,
     KP,
@@ -168,10 +168,7 @@ def _forward_kernel(
                 # all of them have loaded it before one of them replaces it.
                 m_seen = m_r & (i_s > 0)
                 b_seen = tl.where(m_seen, sortable(tl.load(p_pooled + o_out, mask=m_seen, other=0.0)), LOWEST)
-                if SUM:
-                    o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
-                    b_before = tl.load(p_sums + i_pair + o_one, mask=(o_one + i_s > 0) & is_last, other=0.0)
-                else:
+                if not SUM:
                     b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
 
             b_best = tl.max(b_key, axis=0)
@@ -198,10 +195,8 @@ def _forward_kernel(
                 b_sums += tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
                 b_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
                 o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
-                b_sum = tl.sum(b_sums[None, :], axis=1)
-                if SPLIT:
-                    b_sum += b_before
-                tl.store(p_sums + i_pair + o_one, b_sum, mask=(o_one == 0) & is_last)
+                o_sum = tl.cast(i_s // BS, tl.int64) * P * K + i_pair
+                tl.store(p_sums + o_sum + o_one, tl.sum(b_sums[None, :], axis=1), mask=(o_one == 0) & is_last)
             else:
                 tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
                 o_out = i_pair * width + o_s
@@ -294,18 +289,19 @@ def pair_sums(
         _launch_forward(probe, gallery, index, order, edges, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
+    blocks = triton.cdiv(locations, config.LARGEST_TILE)
     step = step // 4 * 4 or step  # where a part's norms are aligned as all of them are, the kernel is the same
     for start in range(0, neighbors, step):
         part = slice(start, min(start + step, neighbors))
-        found = sums.new_empty(probes, part.stop - part.start)
-        over_s = sums.new_empty(*found.shape, locations)
+        found = sums.new_empty(blocks, probes, part.stop - part.start)
+        over_s = sums.new_empty(*found.shape[1:], locations)
         if index is None:
             _launch_forward(probe, gallery[part], None, None, None, rnorm[part], over_s, weight=weight, sums=found)
         else:
             some = None if edges is None else edges._replace(slots=edges.slots.view_as(index)[:, part].contiguous())
             ids = index[:, part].contiguous()
             _launch_forward(probe, gallery, ids, order, some, rnorm, over_s, weight=weight, sums=found)
-        sums[:, part] = found
+        sums[:, part] = found.sum(0)
     return sums
 
 

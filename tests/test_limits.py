@@ -229,7 +229,7 @@ def test_all_pairs_of_a_large_gallery() -> None:
     launched(lambda: max_correlation.forward(probe, gallery, None, None, None, True), p_scale=1)
     none = empty(0)
     launched(lambda: max_correlation._launch_forward(probe, gallery, None, None, None, none, pooled, argmax))
-    over_s, sums = empty(3368, 15_913, 192), empty(3368, 15_913)
+    over_s, sums = empty(3368, 15_913, 192), empty(3, 3368, 15_913)
     launched(
         lambda: max_correlation._launch_forward(
             probe, gallery, None, None, None, none, over_s, weight=weight, sums=sums

@@ -36,7 +36,7 @@ OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
 HANDED_OVER = {
     "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs forward C=512 S=192": {"p_pooled", "p_argmax"},
-    "all pairs match C=512 S=192": {"p_pooled", "p_sums"},
+    "all pairs match C=512 S=192": {"p_pooled"},
     "selection of": {"p_lists", "p_counts", "p_bars"},
     "replay of": {"p_counts", "p_bars"},
 }
