@@ -131,7 +131,8 @@ def corners(values: dict[str, Callable[[np.ndarray], Any]], grids: list[tuple[in
                 builder.set_grid_idx(*index)
                 executor.fn(**arguments)
         finally:
-            scope.restore()
+            if scope is not None:  # older versions of Triton leave the language as it is
+                scope.restore()
         raise _Launched
 
     with ExitStack() as stack:

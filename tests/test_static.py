@@ -40,6 +40,7 @@ HANDED_OVER = {
     "selection of": {"p_lists", "p_counts", "p_bars"},
     "replay of": {"p_counts", "p_bars"},
 }
+OTHER_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -63,7 +64,7 @@ def compiled(request: pytest.FixtureRequest) -> Reports:
     alone = [arch for arch in arches if arch != WITH_OTHERS]
     rows = run("--arch", *alone) if alone else []
     if WITH_OTHERS in arches:
-        rows += run("--arch", WITH_OTHERS, "--all-configs")
+        rows += run("--arch", WITH_OTHERS, *(["--all-configs"] if static.committed(WITH_OTHERS) else []))
     return [static.Report(**row) for row in rows]
 
 
@@ -74,7 +75,10 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def shipped(compiled: Reports, arch: str) -> Reports:
-    return [each for each in compiled if each.arch == arch and each.is_shipped]
+    found = [each for each in compiled if each.arch == arch and each.is_shipped]
+    if any("ROCm linker" in each.verdict for each in found):
+        pytest.skip(f"Triton {triton.__version__} links AMD's code with ROCm's linker, which is not installed")
+    return found
 
 
 @pytest.fixture
@@ -82,12 +86,12 @@ def products(shipped: Reports) -> Reports:
     return [each for each in shipped if each.kernel in PRODUCTS]
 
 
-def _without_a_table(so: str = "") -> None:
+def _without_a_table() -> None:
     """Skip, but for the version of Triton that this project is tested with: that one has a table."""
     pinned = Path(__file__).parents[1].joinpath("constraints.txt").read_text(encoding="utf-8")
     assert f"triton=={triton.__version__}\n" not in pinned, "no table: python -m bench static --save"
     kept = sorted(path.name for path in static.TABLES.parent.glob("triton-*"))
-    pytest.skip(f"no table of Triton {triton.__version__}{so}: there are {', '.join(kept)}")
+    pytest.skip(f"no table of Triton {triton.__version__}: there are {', '.join(kept)}")
 
 
 def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
@@ -101,9 +105,10 @@ def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
 
 
 def test_no_spills(shipped: Reports, arch: str) -> None:
-    if not static.committed(arch):
-        _without_a_table(", where tuning leaves out what spills")
-    assert [each for each in shipped if each.stack or each.local or each.verdict != "kept"] == []
+    if static.committed(arch):
+        assert [each for each in shipped if each.stack or each.local or each.verdict != "kept"] == []
+    else:
+        assert [each for each in shipped if each.stack > OTHER_SPILLS] == []
 
 
 def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
