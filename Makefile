@@ -12,14 +12,14 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP      = python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 INSTALL  = $(BIN)/$(PIP) -c constraints.txt
-PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 OLDEST  := .venv-oldest/bin
 # the tests of products and of what is made of them, and the CPUs, by what their BLAS and torch would take, to run them as
 PRODUCTS := $(patsubst %,tests/test_%.py,cosine_topk class_graph max_correlation pair_sums norms matcher class_table \
               losses class_memory)
 HASWELL  := OPENBLAS_CORETYPE=Haswell MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=avx2
 NEHALEM  := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=SSE4_2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
-PORTABLE  = $(BIN)/python -m pytest -q -m 'not slow' -n $(WORKERS) --dist loadfile $(PRODUCTS) $(ARGS)
+PORTABLE  = $(BIN)/$(PYTEST) -q $(PRODUCTS) $(ARGS)
 # the tests of measuring need no second version, and compiling for one architecture shows that Triton takes the kernels
 OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench bench_scores gpu_check perf_gate performance report), \
                   $(wildcard tests/test_*.py))
@@ -40,7 +40,7 @@ help: ## list the targets and variables
 demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with graph sampling
 	$(BIN)/python examples/glyphs.py $(ARGS)
 
-test: lint ## lint, then the whole test suite
+test: lint ## lint, then the tests but those marked slow (ARGS='-m slow': these)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/$(PYTEST) $(ARGS)
 
 test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with two threads, and with sums in mixed orders
@@ -50,7 +50,7 @@ test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with
 	OMP_NUM_THREADS=1 $(PORTABLE) --mixed-sums
 
 test-oldest: .venv-oldest/test.stamp ## the tests of the library with the oldest torch, Triton and others that it supports
-	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) -m 'not slow' -k 'not (sm_80 or sm_86 or sm_89 or sm_100 or gfx942)' \
+	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) -k 'not (sm_80 or sm_86 or sm_89 or sm_100 or gfx942)' \
 		$(OLDEST_TESTS) $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing

@@ -689,7 +689,7 @@ MATCHER = build().eval()
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_forward_mode_is_refused(function: Function) -> None:
     """Torch drops the tangents of an operation that knows nothing of them: a derivative of zero."""
-    with pytest.raises(RuntimeError, match="forward.mode"):
+    with pytest.raises(RuntimeError, match=r"forward.mode"):
         torch.func.jvp(function, (maps(),), (maps(seed=3),))
     for gradient in (False, True):
         with forward_ad.dual_level(), pytest.raises(RuntimeError):
@@ -697,7 +697,7 @@ def test_forward_mode_is_refused(function: Function) -> None:
 
 
 def test_forward_mode_of_many_tangents_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="forward.mode"):
+    with pytest.raises(RuntimeError, match=r"forward.mode"):
         torch.func.jacfwd(FUNCTIONS["functional.max_correlation"])(maps())
 
 
@@ -722,7 +722,7 @@ def test_forward_mode_over_a_backward_pass_is_refused() -> None:
     pooled = qf.max_correlation(feature, maps(seed=2))
     with forward_ad.dual_level():
         tangent = forward_ad.make_dual(torch.ones_like(pooled), torch.ones_like(pooled))
-        with pytest.raises(RuntimeError, match="forward.mode"):
+        with pytest.raises(RuntimeError, match=r"forward.mode"):
             torch.autograd.grad(pooled, feature, tangent)
 
 

@@ -215,6 +215,7 @@ def test_compiled_training_step_by_inductor() -> None:
     assert_compiles("inductor", 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_batches_of_other_sizes() -> None:
     loss = SoftmaxTripletLoss(build())

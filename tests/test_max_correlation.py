@@ -175,7 +175,7 @@ def test_small_maps(
         (256, 3, True, True, torch.float32),
         (260, 7, True, True, torch.float32),
         (260, 16, False, False, torch.bfloat16),
-        (1024, 16, True, True, torch.float32),
+        pytest.param(1024, 16, True, True, torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_large_maps(

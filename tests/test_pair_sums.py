@@ -42,7 +42,10 @@ def check(probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | 
 
 @pytest.mark.parametrize(
     ("sizes", "indexed", "normalize"),
-    pairwise([(6, 5), (49, 33), (65, 16), (192, 16), (260, 7), (1024, 4)], [False, True], [False, True]),
+    [
+        *pairwise([(6, 5), (49, 33), (65, 16), (192, 16), (260, 7)], [False, True], [False, True]),
+        pytest.param((1024, 4), True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_sums(sizes: tuple[int, int], indexed: bool, normalize: bool, backend: str) -> None:
     locations, channels = sizes

@@ -41,6 +41,7 @@ HANDED_OVER = {
     "replay of": {"p_counts", "p_bars"},
 }
 OTHER_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with
+QUICK = "sm_80"  # the architecture that is compiled for where slow tests are left out
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -68,7 +69,7 @@ def compiled(request: pytest.FixtureRequest) -> Reports:
     return [static.Report(**row) for row in rows]
 
 
-@pytest.fixture(params=ARCHES)
+@pytest.fixture(params=[arch if arch == QUICK else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHES])
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
