@@ -217,7 +217,7 @@ def _read(path: Path, question: dict[str, Any]) -> int | None:
     Anything may lie at the path: only a small regular file is read, never through a link, and nothing waits.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
@@ -257,7 +257,7 @@ def _publish(path: Path, question: dict[str, Any], times: dict[int, float], best
         descriptor, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=path.parent)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
-                with suppress(OSError):  # others who may enter the directory may read it
+                with suppress(OSError, AttributeError):  # others who may enter the directory may read it
                     os.fchmod(descriptor, 0o644 & path.parent.stat().st_mode)
                 json.dump(question | {"milliseconds": times, "best": best}, file, indent=1)
             try:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .matcher import QAConv
@@ -179,43 +179,44 @@ def prepare_loading(
                 f"size mismatch for {prefix}{name}: copying a param with shape {value.shape} from checkpoint, "
                 f"the shape in current model is {parameter.shape}."
             )
-    _refuse(matcher, errors)
+    refuse(matcher, errors)
     key = prefix + "class_embed"
     if metadata.get("assign_to_params_buffers") and key in state_dict and not matcher.sparse_grad:
         state_dict[key] = state_dict[key].contiguous(memory_format=torch.channels_last)
 
 
-def check_keys(matcher: QAConv, state_dict: Mapping[str, Any]) -> None:
-    """Require the keys of the matcher's own state dict, before anything is loaded.
+def check_keys(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Require the keys of the module's own state dict, before anything is loaded.
 
     Where hooks may still rename keys, this is left to torch.
 
     Raises:
         RuntimeError: missing or unexpected keys.
     """
-    if any(module._load_state_dict_pre_hooks for module in matcher.modules()):
+    if any(each._load_state_dict_pre_hooks for each in module.modules()):
         return
-    own, metadata = matcher.state_dict(keep_vars=True), getattr(state_dict, "_metadata", None) or {}
+    own, metadata = module.state_dict(keep_vars=True), getattr(state_dict, "_metadata", None) or {}
 
     def is_optional(key: str) -> bool:  # torch fills in the count of old batch norms
         name, _, buffer = key.rpartition(".")
         return buffer == "num_batches_tracked" and (metadata.get(name, {}).get("version") or 0) < 2
 
     errors = []
-    unexpected = [repr(key) for key in state_dict if key not in own]
-    missing = [repr(key) for key in own if key not in state_dict and not is_optional(key)]
+    unexpected = [f'"{key}"' for key in state_dict if key not in own]
+    missing = [f'"{key}"' for key in own if key not in state_dict and not is_optional(key)]
     if unexpected:
         errors.append(f"Unexpected key(s) in state_dict: {', '.join(unexpected)}.")
     if missing:
         errors.append(f"Missing key(s) in state_dict: {', '.join(missing)}.")
-    _refuse(matcher, errors)
+    refuse(module, errors)
 
 
 def _is_ours(metadata: Mapping[str, Any]) -> bool:
     return (metadata.get("version") or 0) >= VERSION
 
 
-def _refuse(matcher: QAConv, errors: list[str]) -> None:
+def refuse(module: nn.Module, errors: list[str]) -> None:
+    """Raise a RuntimeError that lists the errors, if there are any, as `nn.Module.load_state_dict` does."""
     if errors:
         text = "\n\t".join(errors)
-        raise RuntimeError(f"Error(s) in loading state_dict for {type(matcher).__name__}:\n\t{text}")
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{text}")

@@ -137,8 +137,8 @@ def class_neighbors(
             not fit the device stays on the CPU, or in a memory-mapped file, and is streamed; see `device`.
         k: between 1 and N - 1.
         return_similarities: also return the similarities.
-        previous: int64 `[N, k]`, an earlier graph of the same classes. The neighbours are the same, and found sooner if
-            they have changed little. Not used with `rescore`.
+        previous: int64 `[N, k]`, an earlier graph of the same classes. The neighbours are the same but for rounding,
+            and found sooner if they have changed little. Not used with `rescore`.
         dtype: what the products are taken in, the embeddings' dtype where None; sums are fp32 (fp64 for fp64).
             float32 follows `torch.set_float32_matmul_precision`.
         rescore: find somewhat more than k candidates, then rank them by similarities taken in fp32 from the

@@ -16,13 +16,14 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from . import checkpoint
 from .checks import check_count, check_device, check_labels, check_maps, check_number
 from .recompute import MemoryLog, StatisticsGuard, is_recomputing
 
@@ -155,6 +156,24 @@ class MatcherLoss(nn.Module):
         super().__init__()
         _check_matcher(matcher)
         self.matcher: Any = matcher
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as `nn.Module` does; where keys are missing or unknown, nothing of it.
+
+        Args:
+            state_dict: as `state_dict` returns it.
+            strict: refuse keys that are missing or unknown.
+            assign: keep the tensors of `state_dict`, instead of copying from them.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`.
+
+        Raises:
+            RuntimeError: keys or shapes that do not fit.
+        """
+        if strict and isinstance(state_dict, Mapping):
+            checkpoint.check_keys(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def reset_running_stats(self) -> None:
         """Reset the matcher's running statistics."""
@@ -534,7 +553,7 @@ class ClassMemoryLoss(MatcherLoss):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load the memory as `nn.Module` loads a buffer; not at all if one of its tensors does not fit."""
+        """Load the memory as `nn.Module` loads a buffer; nothing, the matcher's included, if one does not fit."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -545,12 +564,10 @@ class ClassMemoryLoss(MatcherLoss):
         loaded = {name: state_dict[key] for name, key in keys.items() if key in state_dict}
         errors = []
         for name, value in loaded.items():
-            shape = getattr(value, "shape", type(value).__name__)
+            shape = value.shape if isinstance(value, Tensor) else type(value).__name__
             if shape != getattr(self, name).shape:
                 errors.append(f"size mismatch for {keys[name]}: {shape} for {getattr(self, name).shape} in this module")
-        error_msgs += errors
-        if errors:
-            return
+        checkpoint.refuse(self, errors)  # before the matcher is loaded
         with torch.no_grad():
             for name, value in loaded.items():
                 if local_metadata.get("assign_to_params_buffers", False):

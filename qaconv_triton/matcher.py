@@ -38,6 +38,7 @@ from .scores import (
 
 MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
 PAIRS = 256  # of corresponding maps at a time, likewise
+SAMPLED_ROWS = 16  # of a class table, and of the values of each
 
 
 class Correspondences(NamedTuple):
@@ -141,7 +142,7 @@ class QAConv(nn.Module):
             layout = torch.contiguous_format if sparse_grad else torch.channels_last
             self.class_embed = nn.Parameter(table.to(memory_format=layout))
         self._graph: Tensor | None = None
-        self._copied_table: int | None = None  # the version of a copy's table, until the copied graph is used
+        self._copied_table: Tensor | None = None  # a sample of a copy's table, until the copied graph is used
         self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
         self._kernel: Tensor | None = None
         self._warned_of_gallery_visibility = False
@@ -165,10 +166,9 @@ class QAConv(nn.Module):
         """
         if self._copied_table is not None and not torch.compiler.is_compiling():
             # This copy's table was written to before its graph was used, as by averaging: the graph is another's.
-            if self._copied_table != self._table_version():
-                self._graph = None
-            if self._graph is None:
-                self._copied_table = None
+            sample = self._sample_table()
+            if sample is None or not torch.equal(self._copied_table, sample):
+                self._graph = self._copied_table = None
         return self._graph
 
     @class_neighbors.setter
@@ -503,9 +503,9 @@ class QAConv(nn.Module):
     def _current_neighbors(self) -> Tensor:
         """The class graph, searched for if there is none or the table or `k_nearest` was replaced; not kept."""
         graph, table = self.class_neighbors, self._class_table()
-        if graph is None or tuple(graph.shape) != (table.shape[0], self.k_nearest) or graph.device != table.device:
+        if graph is None or tuple(graph.shape) != (table.shape[0], self.k_nearest):
             return self._search_neighbors()
-        return graph
+        return graph.to(table.device)  # replicas of DataParallel share the first one's
 
     def _search_neighbors(self, progress: bool | Progress = False) -> Tensor:
         """Search the neighbours of every class, starting from the last graph; nothing is kept."""
@@ -517,10 +517,13 @@ class QAConv(nn.Module):
             previous = None
         return functional.class_neighbors(table, self.k_nearest, previous=previous, progress=progress)
 
-    def _table_version(self) -> int | None:
-        """How often the class table was written to, as torch counts it; None without a table, or where it does not."""
-        table = self.class_embed
-        return None if table is None or table.is_inference() else table._version
+    def _sample_table(self) -> Tensor | None:
+        """Some values of the table of a graph: they tell whether all of it was written to, through `.data` or not."""
+        if self._graph is None or self._graph.is_meta:
+            return None
+        table = self._class_table().detach()
+        rows = table[:: max(1, table.shape[0] // SAMPLED_ROWS)].flatten(1)
+        return rows[:, :: max(1, rows.shape[1] // SAMPLED_ROWS)].clone()
 
     def _check_maps(self, maps: Tensor, visibility: Tensor | None, name: str, visibility_name: str) -> None:
         check_maps(maps, name, channels=self.num_features, height=self.height, width=self.width)
@@ -539,6 +542,7 @@ class QAConv(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QAConv:
+        is_copy = self.class_neighbors is not None and self._copied_table is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.fc.weight.device
 
@@ -547,8 +551,7 @@ class QAConv(nn.Module):
             return None if graph is None or (graph.is_meta and device.type != "meta") else graph.to(device)
 
         self._graph, self._last_graph = moved(self._graph), moved(self._last_graph)
-        if self._copied_table is not None:
-            self._copied_table = self._table_version()
+        self._copied_table = self._sample_table() if is_copy else None
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -599,7 +602,7 @@ class QAConv(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._copied_table = None if self._graph is None else self._table_version()
+        self._copied_table = self._sample_table()
 
 
 def _pairs(

@@ -480,6 +480,18 @@ def test_a_state_dict_refused_through_a_loss_changes_nothing(name: str) -> None:
     assert_refused(loss, {f"matcher.{key}": value for key, value in state.items()}, "Error", strict=False)
 
 
+@pytest.mark.parametrize("name", ["missing", "unexpected"])
+def test_keys_refused_through_a_loss_change_nothing(name: str) -> None:
+    loss = SoftmaxTripletLoss(QAConv(C, H, W, num_classes=N, k_nearest=K))
+    loss(maps(4, 1).float(), torch.tensor([0, 0, 2, 2]))
+    state = {key: torch.ones_like(value) for key, value in loss.state_dict().items()}
+    if name == "missing":
+        del state["matcher.fc.bias"]
+    else:
+        state["matcher.extra"] = torch.zeros(1)
+    assert_refused(loss, state, "key")
+
+
 def test_norms_of_old_torch_have_no_count() -> None:
     state = {name: value for name, value in published().state_dict().items() if "tracked" not in name}
     QAConv(C, H, W).load_state_dict(state)

@@ -235,6 +235,12 @@ def test_a_state_dict_that_does_not_fit_changes_no_memory() -> None:
         module.load_state_dict({**good, "class_memory": torch.ones(8, C, H, W), "valid_class": torch.zeros(N)})
     with pytest.raises(RuntimeError, match="size mismatch for valid_class"):
         module.load_state_dict({**good, "class_memory": torch.ones(N, C, H, W), "valid_class": torch.zeros(1, N)})
+    bias = module.matcher.fc.bias.clone()
+    other = {**good, "matcher.fc.bias": bias + 1}
+    for misfit in (torch.ones(8, C, H, W), torch.ones(N, C, H, W).numpy()):
+        with pytest.raises(RuntimeError, match="class_memory"):
+            module.load_state_dict({**other, "class_memory": misfit})
+        assert torch.equal(module.matcher.fc.bias, bias)
     assert_same(memory_of(module), before)
     matcher_only = {name: value for name, value in good.items() if name not in STATE}
     with pytest.raises(RuntimeError, match=r'Missing key.* "class_memory", "valid_class"'):

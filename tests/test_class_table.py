@@ -210,6 +210,18 @@ def test_averaging_that_begins_with_a_graph(use_buffers: bool) -> None:
     assert not torch.equal(averaged.module.class_neighbors, graph)
 
 
+@pytest.mark.parametrize("then", [lambda twin: None, lambda twin: twin.double().float()], ids=["stays", "moves"])
+def test_a_copy_whose_table_is_averaged_through_data_has_no_graph(then: Callable[[QAConv], object]) -> None:
+    matcher = build(num_classes=N, k_nearest=K)
+    matcher.compute_class_neighbors()
+    twin = copy.deepcopy(matcher)
+    assert twin.class_embed is not None
+    twin.class_embed.data.mul_(0.1).add_(maps(N, 5), alpha=0.9)
+    then(twin)
+    assert twin.class_neighbors is None
+    assert matcher.class_neighbors is not None
+
+
 def test_a_copy_that_is_trained_keeps_its_graph() -> None:
     matcher = build(num_classes=N, k_nearest=K)
     graph, twin = matcher.compute_class_neighbors(), matcher.clone().half().float()
