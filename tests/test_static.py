@@ -29,7 +29,7 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 65
+LAUNCHES = 69
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
 # memory that threads of a program pass to each other
@@ -149,6 +149,10 @@ def test_the_sign_of_a_zero_is_dropped_by_integers(shipped: Reports) -> None:
             assert each.zero_additions == 0, each
 
 
+@pytest.mark.skipif(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6),
+    reason="before 3.6 Triton's code does not name what a loop carries",
+)
 def test_loops_carry_what_a_later_turn_reads() -> None:
     loops = run("--arch", WITH_OTHERS, module="bench.loop_carries")
     assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS}
