@@ -29,7 +29,7 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 69
+LAUNCHES = 65
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
 # memory that threads of a program pass to each other
