@@ -12,7 +12,8 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP      = python -m pip install --disable-pip-version-check --no-compile $(PIP_ARGS)
 INSTALL  = $(BIN)/$(PIP) -c constraints.txt
-PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
+# a test that hangs is shown, and the rest goes on
+PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile --timeout 900 -m 'not slow'
 OLDEST  := .venv-oldest/bin
 # the tests of products and of what is made of them, and the CPUs, by what their BLAS and torch would take, to run them as
 PRODUCTS := $(patsubst %,tests/test_%.py,cosine_topk class_graph max_correlation pair_sums class_table)

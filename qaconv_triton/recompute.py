@@ -105,9 +105,7 @@ class _Update:
         return self.graph is None or self.graph() is not None
 
     def difference(self, feature: Tensor) -> float:
-        """How far `feature` is from the one of the forward, as a share of it (L1 norms): 0 if it is the same memory."""
-        if feature.data_ptr() == self.feature.data_ptr():
-            return 0.0
+        """How far `feature` is from the one of the forward, as a share of it (L1 norms)."""
         expected = self.feature.double()
         difference = (feature.double() - expected).nan_to_num().abs().sum()
         return float(difference / expected.nan_to_num().abs().sum().clamp(min=1e-300))
@@ -195,9 +193,11 @@ class MemoryLog:
         if not len(target):
             return len(self._updates)  # without samples there is no loss, whatever the memory
         task = torch._C._current_graph_task_id()
+        updates = list(enumerate(self._updates))
+        here = [(place, update) for place, update in updates if update.feature.data_ptr() == feature.data_ptr()]
         candidates = [
-            (update.difference(feature), update.task == task, -place)
-            for place, update in enumerate(self._updates)
+            (0.0 if here else update.difference(feature), update.task == task, -place)
+            for place, update in here or updates  # values are read from the device only where no address is the same
             if update.target.data_ptr() == target.data_ptr() or torch.equal(update.target, target)
         ]
         difference, _, place = min(candidates, default=(math.inf, False, 0))

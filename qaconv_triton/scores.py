@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .recompute import is_recomputing
+
 
 @dataclass(frozen=True, eq=False)
 class ClassScores:
@@ -93,8 +95,9 @@ def pair_scores(
     """
     _check_norms(bn, logit_bn)
     pairs = pooled.shape[0] * pooled.shape[1]
-    if pairs == 0:
-        return pooled.sum(-1), []
+    if pairs == 0:  # all parameters take part, for other processes may have pairs and wait for their gradients
+        parameters = [parameter.sum() for module in (bn, fc, logit_bn) for parameter in module.parameters()]
+        return pooled.sum(-1) + sum(parameters).to(pooled.dtype), []
     check_pairs(pairs, logit_bn, evaluate=evaluate)
     statistics: list[BatchStatistics] = []
     with torch.autocast(pooled.device.type, enabled=False):
@@ -114,9 +117,13 @@ def pair_scores(
 def update_running_statistics(statistics: list[BatchStatistics]) -> None:
     """Update every norm's running statistics once, as `BatchNorm1d` does: all of them, or none if this fails.
 
+    A forward that activation checkpointing runs again has been counted before, and changes nothing.
+
     Args:
         statistics: as `pair_scores` returns them, no norm twice.
     """
+    if is_recomputing():
+        return
     buffers, values = [], []
     for norm, mean, variance, count in statistics:
         assert norm.running_mean is not None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from eager import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qaconv_triton import QAConv, cpu
 from qaconv_triton import matcher as matcher_module
@@ -557,10 +559,26 @@ def test_empty_batches(backend: str, mode: str, gradient: bool) -> None:
     sparse = matcher.class_scores(nothing, no_labels).to_sparse()
     assert sparse.shape == (0, N)
     if gradient:
+        weights = [weight for name, weight in matcher.named_parameters() if name != "class_embed"]
+        assert len(weights) == 6
+        for name, (scores, _) in results.items():
+            if "match" not in name:  # DistributedDataParallel waits for the gradients of every rank
+                found = torch.autograd.grad(scores.sum(), weights, retain_graph=True)
+                assert not any(part.any() for part in found), name
         sum(scores.sum() for name, (scores, _) in results.items() if "match" not in name).backward()  # type: ignore[union-attr]
         assert nothing.grad is not None
         assert nothing.grad.shape == (0, C, H, W)
         assert some.grad is None or torch.equal(some.grad, torch.zeros_like(some))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_forward_counts_once(use_reentrant: bool) -> None:
+    once, twice = build(num_classes=N, k_nearest=K), build(num_classes=N, k_nearest=K)
+    feature, labels = maps(4, 1).requires_grad_(), torch.arange(4, device=DEVICE)
+    once(feature, labels=labels).sum().backward()
+    checkpoint(partial(twice, labels=labels), feature, use_reentrant=use_reentrant).sum().backward()
+    assert twice.bn.num_batches_tracked == 1
+    assert all(torch.equal(value, once.state_dict()[name]) for name, value in twice.state_dict().items())
 
 
 # --- the import -------------------------------------------------------------------------------------------------------

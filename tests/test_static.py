@@ -29,7 +29,7 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 65
+LAUNCHES = 69
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
 # memory that threads of a program pass to each other
@@ -40,7 +40,8 @@ HANDED_OVER = {
     "selection of": {"p_lists", "p_counts", "p_bars"},
     "replay of": {"p_counts", "p_bars"},
 }
-OTHER_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with
+FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
+# to launches that work only where a norm is out of the range
 QUICK = "sm_80"  # the architecture that is compiled for where slow tests are left out
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
@@ -107,9 +108,9 @@ def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
 
 def test_no_spills(shipped: Reports, arch: str) -> None:
     if static.committed(arch):
-        assert [each for each in shipped if each.stack or each.local or each.verdict != "kept"] == []
-    else:
-        assert [each for each in shipped if each.stack > OTHER_SPILLS] == []
+        usual = [each for each in shipped if "normalised first" not in each.case]
+        assert [each for each in usual if each.stack or each.local or each.verdict != "kept"] == []
+    assert [each for each in shipped if each.stack > FEW_SPILLS] == []
 
 
 def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
