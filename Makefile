@@ -50,8 +50,8 @@ test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with
 	OMP_NUM_THREADS=1 $(PORTABLE) --mixed-sums
 
 test-oldest: .venv-oldest/test.stamp ## the tests of the library with the oldest torch, Triton and others that it supports
-	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) -k 'not (sm_80 or sm_86 or sm_89 or sm_100 or gfx942)' \
-		$(OLDEST_TESTS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) $(OLDEST_TESTS) $(ARGS)
+	$(OLDEST)/$(PYTEST) -m slow -k sm_90 tests/test_static.py
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check $(SOURCES)

@@ -164,7 +164,9 @@ def test_tiny_from_the_command_line_to_the_file(op: str, tmp_path: Path, capsys:
         assert every.tflops * every.median_s == pytest.approx(8 * ours.tflops * ours.median_s)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("float16", marks=pytest.mark.slow), "float64"]
+)
 def test_tiny_in_other_dtypes(dtype: str) -> None:
     for op in ("classes", "pairs"):
         options = command.parser().parse_args([op, "--tiny", "--dtype", dtype, "--device", "cpu", "--no-memory"])

@@ -18,6 +18,8 @@ triton = pytest.importorskip("triton")
 
 from bench import static  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 Reports = list[static.Report]
 
 ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -42,7 +44,6 @@ HANDED_OVER = {
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
 # to launches that work only where a norm is out of the range
-QUICK = "sm_80"  # the architecture that is compiled for where slow tests are left out
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -70,7 +71,7 @@ def compiled(request: pytest.FixtureRequest) -> Reports:
     return [static.Report(**row) for row in rows]
 
 
-@pytest.fixture(params=[arch if arch == QUICK else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHES])
+@pytest.fixture(params=ARCHES)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
