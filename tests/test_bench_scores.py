@@ -15,6 +15,7 @@ from bench import eager, matching, scores, table
 from bench.matching import Case, Problem
 
 CPU = torch.device("cpu")
+HALVES = "bfloat16", "float16"
 CLASSES, PAIRS = (scores.TINY[op][0]._replace(dtype=torch.float64) for op in ("classes", "pairs"))
 EXACT = matching.Tolerance(1e-12, 1 - 1e-12, 1e-12)
 
@@ -164,9 +165,7 @@ def test_tiny_from_the_command_line_to_the_file(op: str, tmp_path: Path, capsys:
         assert every.tflops * every.median_s == pytest.approx(8 * ours.tflops * ours.median_s)
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("float16", marks=pytest.mark.slow), "float64"]
-)
+@pytest.mark.parametrize("dtype", [*(pytest.param(half, marks=pytest.mark.slow) for half in HALVES), "float64"])
 def test_tiny_in_other_dtypes(dtype: str) -> None:
     for op in ("classes", "pairs"):
         options = command.parser().parse_args([op, "--tiny", "--dtype", dtype, "--device", "cpu", "--no-memory"])
