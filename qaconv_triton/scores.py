@@ -96,8 +96,10 @@ def pair_scores(
     _check_norms(bn, logit_bn)
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:  # all parameters take part, for other processes may have pairs and wait for their gradients
-        parameters = [parameter.sum() for module in (bn, fc, logit_bn) for parameter in module.parameters()]
-        return pooled.sum(-1) + sum(parameters).to(pooled.dtype), []
+        scores = pooled.sum(-1)
+        for parameter in (*bn.parameters(), *fc.parameters(), *logit_bn.parameters()):
+            scores = scores + parameter.sum().to(pooled.dtype)
+        return scores, []
     check_pairs(pairs, logit_bn, evaluate=evaluate)
     statistics: list[BatchStatistics] = []
     with torch.autocast(pooled.device.type, enabled=False):
