@@ -246,7 +246,8 @@ def tests(check: Check) -> str:
     needs("pytest")
     selected = ["-m", "slow or not slow", *(f"--ignore=tests/{name}" for name in WITHOUT_A_GPU)]
     if check.dry:
-        selected = ["tests/test_edges.py", "tests/test_max_correlation.py", "-k", "edges or small_maps and 17-16"]
+        files = [f"tests/test_{name}.py" for name in ("inverted_index", "max_correlation")]
+        selected = [*files, "-k", "inverted or small_maps and 17-16"]
     workers = min(2 if check.dry else 16, os.cpu_count() or 1)
     spread = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     command = [

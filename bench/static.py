@@ -37,9 +37,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qaconv_triton.kernels import config, cosine_topk, max_correlation, tuning
-from qaconv_triton.kernels.edges import inverse_list
-from qaconv_triton.kernels.panels import Panel
+from qaconv_triton.common.chunks import Chunk
+from qaconv_triton.common.inverted_index import inverted_index
+from qaconv_triton.kernels import config, max_correlation, topk_kernels, topk_search, tuning
 
 from . import assembly, barriers, measure, table
 
@@ -124,31 +124,31 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
                 f" on {TYPES[table_dtype]}" if dtype != table_dtype else ""
             )
             probe, gallery = maps(batch, locations, dtype), maps(neighbors, locations, dtype)
-            table = maps(classes, locations, table_dtype)
+            class_table = maps(classes, locations, table_dtype)
             index = torch.empty(batch, neighbors, dtype=torch.int64, device="meta")
             group = torch.empty(batch, dtype=torch.int64, device="meta")
             pooled = torch.empty(batch, neighbors, 2 * locations, device="meta")
             argmax = pooled.to(torch.uint8)
             weight = torch.empty(2 * locations, device="meta")
-            edges = inverse_list(index, classes)
-            rnorm = torch.empty(len(edges.classes), locations, device="meta")
+            inverted = inverted_index(index, classes)
+            rnorm = torch.empty(len(inverted.classes), locations, device="meta")
 
-            def norms(table=table, edges=edges):  # type: ignore[no-untyped-def]
-                return max_correlation.inverse_norms(table, edges)
+            def norms(class_table=class_table, inverted=inverted):  # type: ignore[no-untyped-def]
+                return max_correlation.inverse_norms(class_table, inverted)
 
-            def forward(args=(probe, table, index, group, edges, rnorm, pooled, argmax)):  # type: ignore[no-untyped-def]
+            def forward(args=(probe, class_table, index, group, inverted, rnorm, pooled, argmax)):  # type: ignore[no-untyped-def]
                 return max_correlation._launch_forward(*args)
 
             def all_pairs(probe=probe, gallery=gallery):  # type: ignore[no-untyped-def]
-                return max_correlation.forward(probe, gallery, None, None, None, False)
+                return max_correlation.max_correlation(probe, gallery, None, None, None, False)
 
             def match(probe=probe, gallery=gallery, weight=weight):  # type: ignore[no-untyped-def]
-                return max_correlation.pair_sums(probe, gallery, None, None, None, False, weight)
+                return max_correlation.pair_sums(probe, gallery, None, None, False, weight)
 
-            def probe_gradient(args=(pooled, argmax, rnorm, probe, table, index, edges)):  # type: ignore[no-untyped-def]
+            def probe_gradient(args=(pooled, argmax, rnorm, probe, class_table, index, inverted)):  # type: ignore[no-untyped-def]
                 return max_correlation.probe_gradient(*args)
 
-            def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
+            def gallery_gradient(args=(pooled, pooled, argmax, rnorm, probe, class_table, inverted)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=False)
 
             if dtype == table_dtype == torch.float16:  # has code of its own in one kernel
@@ -166,10 +166,10 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
             def pairs_to_gallery(args=(pooled, pooled, *of_pairs, None)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=False)
 
-            def sparse(args=(pooled, pooled, argmax, rnorm, probe, table, edges)):  # type: ignore[no-untyped-def]
+            def sparse(args=(pooled, pooled, argmax, rnorm, probe, class_table, inverted)):  # type: ignore[no-untyped-def]
                 return max_correlation.gallery_gradient(*args, compact=True)
 
-            def scores(args=(probe, table, index, group, edges, rnorm), weight=weight, sums=sums):  # type: ignore[no-untyped-def]
+            def scores(args=(probe, class_table, index, group, inverted, rnorm), weight=weight, sums=sums):  # type: ignore[no-untyped-def]
                 return max_correlation._launch_forward(*args, weight=weight, sums=sums)
 
             if locations == 49 and dtype == table_dtype:
@@ -188,46 +188,47 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
                 yield Case(f"all pairs match {shape}", max_correlation, match)
             yield Case(f"probe gradient {shape}", max_correlation, probe_gradient)
             yield Case(f"gallery gradient {shape}", max_correlation, gallery_gradient)
-    meta, room = torch.device("meta"), 4 * neighbors
+    meta, capacity = torch.device("meta"), 4 * neighbors
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (512, 25_088):
             rows = torch.empty(classes, dim, dtype=dtype, device=meta)
-            panel = Panel(rows, torch.empty(classes, device=meta), 0)
+            chunk = Chunk(rows, torch.empty(classes, device=meta), 0)
 
-            def graph(panel=panel, mirror=True):  # type: ignore[no-untyped-def]
-                lists = cosine_topk.Lists(classes, room, meta)
+            def graph(chunk=chunk, mirror=True):  # type: ignore[no-untyped-def]
+                buffer = topk_kernels.CandidateBuffer(classes, capacity, meta)
+                best = buffer.candidates[:, :neighbors]
 
                 def run(tiling):  # type: ignore[no-untyped-def]
-                    walk = cosine_topk.Walk(neighbors, room, tiling, lists.entries[:, :neighbors], lists.bars, None)
-                    return walk.rounds(panel, panel, lists, lists if mirror else None)
+                    search = topk_search.TopKSearch(neighbors, capacity, tiling, best, buffer.thresholds, None)
+                    return search.search_tiles(chunk, chunk, buffer, buffer if mirror else None)
 
-                shape = panel.rows.shape[1], panel.rows.element_size()
-                run(tuning.choose(config.cosine_topk, shape, "", 0.0, run))
+                shape = chunk.rows.shape[1], chunk.rows.element_size()
+                run(tuning.select_config(config.cosine_topk, shape, "", 0.0, run))
 
             def search(graph=graph):  # type: ignore[no-untyped-def]
                 return graph(mirror=False)
 
-            yield Case(f"class graph D={dim} {TYPES[dtype]}", cosine_topk, graph)
-            yield Case(f"gallery search D={dim} {TYPES[dtype]}", cosine_topk, search)
+            yield Case(f"class graph D={dim} {TYPES[dtype]}", topk_search, graph)
+            yield Case(f"gallery search D={dim} {TYPES[dtype]}", topk_search, search)
     for length in (512, 4096):
-        lists = cosine_topk.Lists(classes, length, meta)
-        lists.longest = length
+        buffer = topk_kernels.CandidateBuffer(classes, length, meta)
+        buffer.longest = length
 
-        def select(lists=lists):  # type: ignore[no-untyped-def]
-            return lists.cut(neighbors)
+        def compact(buffer=buffer):  # type: ignore[no-untyped-def]
+            return buffer.compact(neighbors)
 
-        def replay(lists=lists):  # type: ignore[no-untyped-def]
-            return lists.undo(neighbors, lists.counts.clone())
+        def rollback(buffer=buffer):  # type: ignore[no-untyped-def]
+            return buffer.rollback(neighbors, buffer.counts.clone())
 
-        yield Case(f"selection of {length}", cosine_topk, select)
-        yield Case(f"replay of {length}", cosine_topk, replay)
+        yield Case(f"compaction of {length}", topk_kernels, compact)
+        yield Case(f"rollback of {length}", topk_kernels, rollback)
     for k_nearest in (20, 256):
-        entries = torch.empty(classes, k_nearest, dtype=torch.int64, device=meta)
+        candidates = torch.empty(classes, k_nearest, dtype=torch.int64, device=meta)
 
-        def order(entries=entries):  # type: ignore[no-untyped-def]
-            return cosine_topk.ordered(entries)
+        def sort(candidates=candidates):  # type: ignore[no-untyped-def]
+            return topk_kernels.sorted_topk(candidates)
 
-        yield Case(f"order of K={k_nearest}", cosine_topk, order)
+        yield Case(f"sort of K={k_nearest}", topk_kernels, sort)
 
 
 class _Recorded(Exception):
@@ -268,7 +269,7 @@ def record(case: Case, number: int = 0) -> tuple[Recorder, int]:
 
     Args:
         case: to run.
-        number: of the configuration, among those that config.py lists; the first is shipped.
+        number: of the configuration, among those that config.py lists; the first is the default.
 
     Returns:
         The kernel with its arguments, and how many configurations there are.
@@ -277,14 +278,14 @@ def record(case: Case, number: int = 0) -> tuple[Recorder, int]:
     recorders = {name: Recorder(kernel, case.launches_before) for name, kernel in kernels.items()}
     count = 1
 
-    def choose(configs: tuning.Table, shape: tuple[int, ...], *_: object) -> config.Config:
+    def select_config(configs: tuning.ListConfigs, shape: tuple[int, ...], *_: object) -> config.Config:
         nonlocal count
         found = configs(*shape)
         count = len(found)
         return found[number]
 
     with (
-        mock.patch.object(tuning, "choose", choose),
+        mock.patch.object(tuning, "select_config", select_config),
         mock.patch.multiple(case.module, **recorders),
         suppress(_Recorded),
     ):
@@ -323,7 +324,7 @@ def compile_key(recorder: Recorder) -> str:
 def new_keys() -> dict[str, dict[str, list[str]]]:
     """By case and key, the sizes P, K and N that a launch with this key has.
 
-    Lists are selected from, and put in order, in powers of two, so that short ones cost little: of these, one length
+    Buffers are selected from, and sorted, in powers of two, so that short ones cost little: of these, one length
     each is looked at.
     """
     found: dict[str, dict[str, list[str]]] = {}

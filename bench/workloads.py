@@ -78,7 +78,7 @@ def exercises(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, s
     for dtype in (torch.float32, torch.bfloat16):
         table = unlucky_table()[: 310 if tiny else None].to(dtype)
         worst = reference.cosine_topk(table.double(), -table.double(), NEAREST)[1]  # as a former graph it helps nobody
-        for name, former in {"graph": None, "graph, lists overflow": worst.to(device)}.items():
+        for name, former in {"graph": None, "graph, buffers overflow": worst.to(device)}.items():
             found = functional.class_neighbors(table.to(device), NEAREST, return_similarities=True, previous=former)
             yield f"{name}, {dtype}", wrong_neighbors(table, table, *found, exclude_self=True)
         queries, keys = table[:77, None, None].reshape(77, 8, 2, 1), table[100:301].reshape(201, 8, 2, 1)
@@ -95,7 +95,7 @@ def exercises(device: torch.device, tiny: bool = False) -> Iterator[tuple[str, s
 def unlucky_table() -> Tensor:
     """A table `[N, 16]` whose order misleads the search: where it looks first for class 0's like, there is none.
 
-    Later come more at once than a list has room for, which is then replayed in smaller pieces.
+    Later come more at once than a buffer's capacity, and the round is rolled back.
     """
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(13 * ROWS - 10, 16, generator=generator)
@@ -213,7 +213,7 @@ def hashes(device: torch.device, tiny: bool) -> dict[str, str]:
 def steps(device: torch.device, batches: list[int], neighbors: list[int], tiny: bool) -> None:
     """Class path, all pairs and matching without gradients, for every batch size and K; neighbours are drawn.
 
-    The class graph is left out: its lists are selected from in powers of two, so that a much larger K is a new kernel.
+    The class graph is left out: its buffers are selected from in powers of two, so a much larger K is a new kernel.
     """
     classes, channels, size = (8, 16, 2) if tiny else (1000, 512, 7)
     for k, batch, dtype in product(neighbors, batches, (torch.float32, torch.bfloat16)):

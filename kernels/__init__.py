@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers. They take plainly shaped tensors and import nothing of `qaconv_triton`."""
+"""The Triton backend: kernels and their launches. They take plainly shaped tensors and import `common` only."""

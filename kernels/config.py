@@ -1,9 +1,9 @@
 """The only table of tile sizes, warps and stages.
 
 A shape class (locations, channels, element sizes) picks a row; sizes that change from batch to batch (P, G, N) never
-do, and kernels are not specialised on them: a new batch size compiles nothing new. Lists are selected from in powers of
-two. The first configuration of a row is the one that is shipped; tuning.py may find another of them faster on the GPU
-at hand. Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
+do, and kernels are not specialised on them: a new batch size compiles nothing new. Buffers are selected from in powers
+of two. The first configuration of a row is the default; tuning.py may find another of them faster on the GPU at hand.
+Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # by numpy, to which few large programs are dear enough
+# by Triton's NumPy interpreter: launches are slow, so prefer few large programs
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-WORKSPACE_BYTES = 256 * 2**20  # of cosine top-k on the CPU, beyond O(N K)
 PARTIAL_BYTES = 128 * 2**20  # of maxima of maps that take more than one tile, where only sums of them are wanted
 LARGEST_TILE = 64  # locations
 MAX_GRID = 2**31 - 1  # programs on the first axis of a launch (CUDA programming guide); 65,535 on the others
@@ -32,13 +32,6 @@ class Config(NamedTuple):
     tiles: dict[str, int]
     num_warps: int
     num_stages: int
-
-
-def argmax_dtype(locations: int) -> torch.dtype:
-    """The smallest dtype that holds a location."""
-    if locations <= 256:
-        return torch.uint8
-    return torch.int16 if locations <= 2**15 else torch.int32
 
 
 def precision() -> str:
@@ -87,11 +80,6 @@ def shared_memory() -> int:
     return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}.get(generation(), small)
 
 
-def workspace(device: torch.device) -> int:
-    """What a search may hold on `device` where the caller sets no bound, in bytes: half of a GPU's free memory."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else WORKSPACE_BYTES
-
-
 def _power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two that holds `size`, within `[low, high]`."""
     return min(max(1 << (size - 1).bit_length(), low), high)
@@ -103,7 +91,7 @@ def shape_class(locations: int, channels: int, *element_sizes: int) -> tuple[int
 
 
 def _fitting(configs: Iterable[Config], shared: Callable[[Config], int]) -> list[Config]:
-    """The first, which is shipped, and of the others those different ones that fit into shared memory."""
+    """The first, the default, and of the others those different ones that fit into shared memory."""
     first, *others = configs
     different = [config for number, config in enumerate(others) if config not in (first, *others[:number])]
     return [first, *(config for config in different if shared(config) <= shared_memory())]
@@ -170,8 +158,8 @@ def correlation_backward(locations: int, channels: int, element_size: int) -> li
 def cosine_topk(dim: int, element_size: int) -> list[Config]:
     """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD, GROUP row tiles at a time.
 
-    The largest tiles whose products and lists share the registers without a spill; where embeddings are short, those
-    of which two programs fit a multiprocessor, so that one multiplies while the other appends.
+    The largest tiles whose products and candidates share the registers without a spill; where embeddings are short,
+    those of which two programs fit a multiprocessor, so that one multiplies while the other appends.
     """
     is_half, is_long = element_size == 2, dim >= 2048
     first = (64, 128, 8)
@@ -188,12 +176,12 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
 
 
 def select(length: int) -> Config:
-    """Lists of up to BL entries, a power of two, BM of them a program: they are held in registers."""
+    """Buffers of up to BL candidates, a power of two, BM of them a program: they are held in registers."""
     rows = max(1, (2**17 if INTERPRETED else 2**11) // length)
     return Config({"BM": rows, "BL": length}, num_warps=8 if length > 2**11 else 4, num_stages=1)
 
 
-def order(k: int) -> Config:
-    """BK of the k entries of BM lists, compared with all the others BK at a time."""
+def sort(k: int) -> Config:
+    """BK of the k candidates of BM rows, compared with all the others BK at a time."""
     tile = _power_of_two(k, 16, 64)
     return Config({"BM": 2**18 // tile**2 if INTERPRETED else 1, "BK": tile}, num_warps=4, num_stages=1)

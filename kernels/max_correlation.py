@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.backward import BackwardInputs
+from ..common.dtypes import argmax_dtype
+from ..common.inverted_index import InvertedIndex, inverted_index
 from . import config, tuning
-from .edges import Edges
 from .tiles import (
     HIGHEST,
     LOWEST,
@@ -62,8 +64,8 @@ def _norms_kernel(
         tl.store(p_rnorm + i_slot * S + o_r, inverse_norm(b_squares, b_shift), mask=o_r < S)
 
 
-def inverse_norms(gallery: Tensor, edges: Edges | None) -> Tensor:
-    """Launch the norms of `gallery [G, S, C]`: `1 / |g|` over C, fp32 `[G, S]`, or `[T, S]` for the slots of `edges`.
+def inverse_norms(gallery: Tensor, inverted: InvertedIndex | None) -> Tensor:
+    """Launch the norms of `gallery [G, S, C]`: `1 / |g|` over C, fp32 `[G, S]`, or `[T, S]` for the slots of an index.
 
     Those outside the safe range are negative, as `norms.inverse_norms` has them.
 
@@ -71,13 +73,13 @@ def inverse_norms(gallery: Tensor, edges: Edges | None) -> Tensor:
     every pair would take them again, and their sums would hold up the products.
     """
     locations, channels = gallery.shape[1:]
-    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    slots = gallery.shape[0] if inverted is None else inverted.classes.shape[0]
     rnorm = gallery.new_empty(slots, locations, dtype=torch.float32)
     if rnorm.numel():
         tiles, num_warps, num_stages = config.norms(channels)
         _norms_kernel[(slots,)](
-            gallery, None if edges is None else edges.classes, rnorm, locations, channels, *gallery.stride(),
-            HAS_INDEX=edges is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+            gallery, None if inverted is None else inverted.classes, rnorm, locations, channels, *gallery.stride(),
+            HAS_INDEX=inverted is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return rnorm
 
@@ -88,11 +90,11 @@ def _forward_kernel(
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
-    p_order,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
+    p_permutation,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
     p_pooled,  # [P, K, 2S] fp32; with SUM [P, K, S], maxima over s of maps of more than BS locations
     p_argmax,  # [P, K, 2S] uint8 or int16
     p_rnorm,  # [T or G, S] fp32
-    p_outside,  # [] bool: whether some map is outside the safe range
+    p_is_out_of_range,  # [] bool: whether some map is outside the safe range
     p_weight,  # [2S] fp32, of the pooled values in p_sums
     p_sums,  # [S / BS, P, K] fp32, of every block of s
     P,
@@ -104,7 +106,7 @@ def _forward_kernel(
     stride_gallery_s,
     stride_gallery_c,
     HAS_INDEX: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
+    HAS_PERMUTATION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORMALIZE_FIRST: tl.constexpr,
     SUM: tl.constexpr,
@@ -117,12 +119,12 @@ def _forward_kernel(
     BC: tl.constexpr,
 ):
     if NORMALIZE_FIRST:
-        if not tl.load(p_outside):
+        if not tl.load(p_is_out_of_range):
             return
     i_program = tl.program_id(0)
     i_p = (i_program % P).to(tl.int64)
-    if HAS_ORDER:
-        i_p = tl.load(p_order + i_p)
+    if HAS_PERMUTATION:
+        i_p = tl.load(p_permutation + i_p)
     i_first = (i_program // P) * KP
     tiles = tl.cdiv(S, BR)  # of a neighbour
     count = tl.minimum(KP, K - i_first) * tiles
@@ -249,8 +251,8 @@ def _forward_kernel(
             tl.debug_barrier()  # the next block of s reads what other threads of this program have written
 
 
-def forward(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
+def max_correlation(
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, inverted: InvertedIndex | None,
     normalize_gallery: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the forward for `probe [P, S, C]` (contiguous) and `gallery [G, S, C]`; see `ops.max_correlation`.
@@ -262,17 +264,16 @@ def forward(
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     _check_sizes(probe, gallery, index)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=torch.float32)
-    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
-    rnorm = inverse_norms(gallery, edges) if normalize_gallery else pooled.new_empty(0)
+    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
+    rnorm = inverse_norms(gallery, inverted) if normalize_gallery else pooled.new_empty(0)
     if pooled.numel() == 0 or gallery.shape[0] == 0:  # ids into nothing are negative: pairs of NaN
         return pooled.fill_(torch.nan), argmax.zero_(), rnorm
-    _launch_forward(probe, gallery, index, _order(group), edges, rnorm, pooled, argmax)
+    _launch_forward(probe, gallery, index, _permutation(group), inverted, rnorm, pooled, argmax)
     return pooled, argmax, rnorm
 
 
 def pair_sums(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, edges: Edges | None,
-    normalize_gallery: bool, weight: Tensor,
+    probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
 ) -> Tensor:  # fmt: skip
     """Launch the forward for `weight [2S]` (fp32) times the pooled values of every pair, fp32 `[P, K]`.
 
@@ -284,9 +285,11 @@ def pair_sums(
     sums = probe.new_empty(probes, neighbors, dtype=torch.float32)
     if sums.numel() == 0 or gallery.shape[0] == 0:
         return sums.fill_(torch.nan)
-    rnorm, order = inverse_norms(gallery, edges) if normalize_gallery else sums.new_empty(0), _order(group)
+    inverted = inverted_index(index, gallery.shape[0]) if index is not None and normalize_gallery else None
+    rnorm = inverse_norms(gallery, inverted) if normalize_gallery else sums.new_empty(0)
+    permutation = _permutation(group)
     if locations <= config.LARGEST_TILE:
-        _launch_forward(probe, gallery, index, order, edges, rnorm, weight=weight, sums=sums)
+        _launch_forward(probe, gallery, index, permutation, inverted, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
     blocks = triton.cdiv(locations, config.LARGEST_TILE)
@@ -298,9 +301,10 @@ def pair_sums(
         if index is None:
             _launch_forward(probe, gallery[part], None, None, None, rnorm[part], over_s, weight=weight, sums=found)
         else:
-            some = None if edges is None else edges._replace(slots=edges.slots.view_as(index)[:, part].contiguous())
-            ids = index[:, part].contiguous()
-            _launch_forward(probe, gallery, ids, order, some, rnorm, over_s, weight=weight, sums=found)
+            some, ids = None, index[:, part].contiguous()
+            if inverted is not None:
+                some = inverted._replace(slots=inverted.slots.view_as(index)[:, part].contiguous())
+            _launch_forward(probe, gallery, ids, permutation, some, rnorm, over_s, weight=weight, sums=found)
         sums[:, part] = found.sum(0)
     return sums
 
@@ -322,12 +326,12 @@ def _check_sizes(probe: Tensor, gallery: Tensor, index: Tensor | None) -> None:
         )
 
 
-def _order(group: Tensor | None) -> Tensor | None:
+def _permutation(group: Tensor | None) -> Tensor | None:
     return None if group is None else group.argsort(stable=True)
 
 
 def _launch_forward(
-    probe: Tensor, gallery: Tensor, index: Tensor | None, order: Tensor | None, edges: Edges | None,
+    probe: Tensor, gallery: Tensor, index: Tensor | None, permutation: Tensor | None, inverted: InvertedIndex | None,
     rnorm: Tensor, pooled: Tensor | None = None, argmax: Tensor | None = None, *,
     weight: Tensor | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
@@ -336,32 +340,32 @@ def _launch_forward(
     share = config.neighbors_per_program(probes, neighbors)
     operands = config.operands(probe.dtype, gallery.dtype)
 
-    def launch(tiling: config.Config, outside: Tensor | None = None) -> Any:
+    def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         return _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
-            probe, gallery, index, None if edges is None else edges.slots, order, pooled, argmax, rnorm, outside,
-            weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),
-            HAS_INDEX=index is not None, HAS_ORDER=order is not None, NORMALIZE=rnorm.numel() > 0,
-            NORMALIZE_FIRST=outside is not None, SUM=sums is not None, SPLIT=locations > tiles["BS"],
+            probe, gallery, index, None if inverted is None else inverted.slots, permutation, pooled, argmax,
+            rnorm, is_out_of_range, weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),
+            HAS_INDEX=index is not None, HAS_PERMUTATION=permutation is not None, NORMALIZE=rnorm.numel() > 0,
+            NORMALIZE_FIRST=is_out_of_range is not None, SUM=sums is not None, SPLIT=locations > tiles["BS"],
             **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())
     flags = {
         "index": index is not None,
-        "order": order is not None,
+        "permutation": permutation is not None,
         "norms": rnorm.numel() > 0,
         "sums": sums is not None,
     }
     variant = _variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels
-    launch(tuning.choose(config.correlation_forward, shape, variant, operations, launch))
-    if _may_be_outside(gallery, rnorm):
+    launch(tuning.select_config(config.correlation_forward, shape, variant, operations, launch))
+    if _may_be_out_of_range(gallery, rnorm):
         tilings = config.correlation_forward(*shape)
         launch(next(each for each in tilings if not each.tiles["RESIDENT"]), (rnorm < 0).any())
 
 
-def _may_be_outside(gallery: Tensor, rnorm: Tensor) -> bool:
+def _may_be_out_of_range(gallery: Tensor, rnorm: Tensor) -> bool:
     """Whether raw maps may have norms outside the safe range, which fp16 does not reach.
 
     The products of such maps leave the range of fp32. A second launch, which ends at once where there are none, takes
@@ -385,7 +389,7 @@ def _probe_gradient_kernel(
     p_gallery,  # [G, S, C], any strides
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
-    p_outside,  # [] bool: whether some map is outside the safe range
+    p_is_out_of_range,  # [] bool: whether some map is outside the safe range
     p_scale,  # [1] fp32, brings the gradients into the range of half precision
     p_out,  # [P, S, C]
     K,
@@ -405,7 +409,7 @@ def _probe_gradient_kernel(
 ):
     IS_FP16: tl.constexpr = p_out.dtype.element_ty == tl.float16 and not WIDEN
     if NORMALIZE_FIRST:
-        if not tl.load(p_outside):
+        if not tl.load(p_is_out_of_range):
             return
     i_p = tl.program_id(0).to(tl.int64)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
@@ -458,7 +462,7 @@ def _probe_gradient_kernel(
 
 def probe_gradient(
     grad: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None,
-    edges: Edges | None,
+    inverted: InvertedIndex | None,
 ) -> Tensor:  # fmt: skip
     """Launch the gradient to the probe maps, `[P, S, C]` in their dtype, from `grad` fp32 `[P, K, 2S]`."""
     probes, locations, channels = probe.shape
@@ -467,19 +471,19 @@ def probe_gradient(
         return out.zero_()
     scale, operands = gradient_scale(grad), config.operands(probe.dtype, gallery.dtype)
 
-    def launch(tiling: config.Config, outside: Tensor | None = None) -> Any:
+    def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
         return _probe_gradient_kernel[grid](
-            grad, argmax, rnorm, gallery, index, None if edges is None else edges.slots, outside, scale, out,
-            grad.shape[1], locations, channels, *gallery.stride(),
-            HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, NORMALIZE_FIRST=outside is not None,
+            grad, argmax, rnorm, gallery, index, None if inverted is None else inverted.slots, is_out_of_range, scale,
+            out, grad.shape[1], locations, channels, *gallery.stride(),
+            HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, NORMALIZE_FIRST=is_out_of_range is not None,
             **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     tiling = _backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch)
     launch(tiling)
-    if _may_be_outside(gallery, rnorm):
+    if _may_be_out_of_range(gallery, rnorm):
         launch(tiling, (rnorm < 0).any())
     return out
 
@@ -493,7 +497,7 @@ def _gallery_gradient_kernel(
     p_probe,  # [P, S, C]
     p_gallery,  # [G, S, C], any strides
     p_classes,  # [T] int64: the gallery map of slot t, -1 for none
-    p_offsets,  # [T + 1] int64: slot t's pairs
+    p_indptr,  # [T + 1] int64: slot t's pairs
     p_pairs,  # [P*K] int64
     p_scale,  # [1] fp32
     p_out,  # [G or T, S, C]
@@ -523,11 +527,11 @@ def _gallery_gradient_kernel(
     i_end = i_begin + P
     if HAS_INDEX:
         i_g = tl.load(p_classes + i_slot)
-        i_begin = tl.load(p_offsets + i_slot)
-        i_end = tl.load(p_offsets + i_slot + 1)
+        i_begin = tl.load(p_indptr + i_slot)
+        i_end = tl.load(p_indptr + i_slot + 1)
 
     b_out = tl.zeros([BR, BC], tl.float32)
-    b_along = tl.zeros([BR], tl.float32)  # <unit neighbour, its gradient>: the part that normalising removes
+    b_radial = tl.zeros([BR], tl.float32)  # <unit neighbour, its gradient>: the part that normalising removes
     for i in range(i_begin, i_end):
         i_pair = i * K + i_slot
         if HAS_INDEX:
@@ -537,7 +541,7 @@ def _gallery_gradient_kernel(
         b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
         b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
         if NORMALIZE:
-            b_along += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
+            b_radial += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
         for i_s in range(0, S, BS):
             o_s = i_s + tl.arange(0, BS)
             m_s = o_s < S
@@ -545,8 +549,10 @@ def _gallery_gradient_kernel(
             b_grad_s = tl.load(p_grad + o_pair + o_s, mask=m_s, other=0.0) * scale
             b_weight = match_weights(b_arg_r, b_grad_r, b_arg_s, b_grad_s, o_r, o_s)
             if NORMALIZE:
-                b_pull = b_grad_s * tl.load(p_pooled + o_pair + o_s, mask=m_s, other=0.0)
-                b_along += tl.sum(tl.where(b_arg_s[None, :] == o_r[:, None], b_pull[None, :], 0.0), axis=1)
+                b_grad_times_pooled = b_grad_s * tl.load(p_pooled + o_pair + o_s, mask=m_s, other=0.0)
+                b_radial += tl.sum(
+                    tl.where(b_arg_s[None, :] == o_r[:, None], b_grad_times_pooled[None, :], 0.0), axis=1
+                )
             b_probe = tl.load(
                 p_probe + i_p * S * C + o_s[:, None] * C + o_c[None, :], mask=m_s[:, None] & m_c[None, :], other=0.0
             )
@@ -558,7 +564,7 @@ def _gallery_gradient_kernel(
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
         b_map = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0)
-        b_out -= normalized(b_map, b_rnorm) * b_along[:, None]
+        b_out -= normalized(b_map, b_rnorm) * b_radial[:, None]
     b_out /= scale  # before norms that may leave little room
     if NORMALIZE:
         b_scale, b_inverse = scale_and_inverse(b_rnorm)
@@ -570,35 +576,50 @@ def _gallery_gradient_kernel(
 
 def gallery_gradient(
     grad: Tensor, pooled: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor,
-    edges: Edges | None, compact: bool,
+    inverted: InvertedIndex | None, compact: bool,
 ) -> Tensor:  # fmt: skip
     """Launch the gradient to the gallery maps, in their dtype.
 
     Returns:
-        `[G, S, C]`, zero for maps that no probe met; with `compact`, `[T, S, C]` for the slots of `edges` only.
+        `[G, S, C]`, zero for maps that no probe met; with `compact`, `[T, S, C]` for the slots of `inverted` only.
     """
     probes, locations, channels = probe.shape
-    slots = gallery.shape[0] if edges is None else edges.classes.shape[0]
+    slots = gallery.shape[0] if inverted is None else inverted.classes.shape[0]
     rows = slots if compact else gallery.shape[0]
-    allocate = gallery.new_zeros if edges is not None or grad.numel() == 0 else gallery.new_empty
+    allocate = gallery.new_zeros if inverted is not None or grad.numel() == 0 else gallery.new_empty
     out = allocate((rows, locations, channels))
     if out.numel() == 0 or grad.numel() == 0 or slots == 0:
         return out
-    classes, offsets, pairs = edges[:3] if edges is not None else (None, None, None)
+    classes, indptr, pairs = inverted[:3] if inverted is not None else (None, None, None)
     scale = gradient_scale(grad)
 
     def launch(tiling: config.Config) -> Any:
         tiles, num_warps, num_stages = tiling
         grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
         return _gallery_gradient_kernel[grid](
-            grad, pooled, argmax, rnorm, probe, gallery, classes, offsets, pairs, scale, out,
+            grad, pooled, argmax, rnorm, probe, gallery, classes, indptr, pairs, scale, out,
             probes, grad.shape[1], locations, channels, *gallery.stride(),
-            HAS_INDEX=edges is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
+            HAS_INDEX=inverted is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
             PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    launch(_backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, edges is not None, launch))
+    launch(_backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, inverted is not None, launch))
     return out
+
+
+def max_correlation_backward(
+    saved: BackwardInputs, rows: Tensor | None, needs_probe: bool, needs_gallery: bool
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, `[P, S, C]` and `[G, S, C]`; for the gallery maps `rows [T]` (ascending) only where given."""
+    grad, pooled, argmax, rnorm, inverted, probe, gallery, index, _ = saved
+    probe_out, gallery_out = probe.new_empty(0), gallery.new_empty(0)
+    if needs_probe:
+        probe_out = probe_gradient(grad, argmax, rnorm, probe, gallery, index, inverted)
+    if needs_gallery:
+        if inverted is not None and rows is not None:  # without the unused slots
+            inverted = inverted._replace(classes=rows, indptr=inverted.indptr[: rows.shape[0] + 1])
+        gallery_out = gallery_gradient(grad, pooled, argmax, rnorm, probe, gallery, inverted, rows is not None)
+    return probe_out, gallery_out
 
 
 def _backward_tiling(
@@ -609,7 +630,7 @@ def _backward_tiling(
     shape = config.shape_class(locations, channels, max(probe.element_size(), gallery.element_size()))
     variant = _variant(probe, gallery, [side, *(["norms"] if normalize else []), *(["index"] if indexed else [])])
     operations = 2.0 * probes * grad.shape[1] * locations**2 * channels
-    return tuning.choose(config.correlation_backward, shape, variant, operations, launch)
+    return tuning.select_config(config.correlation_backward, shape, variant, operations, launch)
 
 
 def gradient_scale(grad: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .norms import RANGES
+from ..common import candidates
+from ..common.norms import RANGES
 
-LOWEST = tl.constexpr(-(2**31))  # below the sortable form of every float, -inf included
-HIGHEST = tl.constexpr(2**31 - 1)
+LOWEST = tl.constexpr(candidates.LOWEST)
+HIGHEST = tl.constexpr(candidates.HIGHEST)
 SAFE = tl.constexpr(RANGES[torch.float32].safe)
 SHIFT = tl.constexpr(RANGES[torch.float32].shift)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -28,7 +29,7 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def sortable(values):
-    """Map float32 to int32 in the same order: NaN above everything, -0 equal to +0.
+    """As `candidates.sortable`: float32 to int32 in the same order, NaN above everything, -0 equal to +0.
 
     Integer maxima propagate NaN and break ties as we say, on every device and in the interpreter; float ones do not.
     The sign of a zero is dropped by integers, too: compilers fuse `values + 0.0` with the product before it, whose
@@ -42,7 +43,7 @@ def sortable(values):
 
 @triton.jit
 def unsortable(keys):
-    """The float32 that `sortable` came from."""
+    """As `candidates.unsortable`."""
     return (tl.abs(keys) | (keys & LOWEST)).to(tl.float32, bitcast=True)
 
 

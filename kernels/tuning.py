@@ -1,13 +1,13 @@
-"""Which configuration of config.py a launch takes: the shipped one, or the fastest on the GPU at hand.
+"""Which configuration of config.py a launch takes: the default, or the fastest on the GPU at hand.
 
-A launch that is large enough to matter tries the configurations of its shape class once, before its real work: those
-that launch without a spill are timed, and the fastest is kept, in this process by device, and on disk by the name of
-the GPU, for all later ones. Of processes that tune at the same time the first to finish decides for all. A trial never
-ends the caller: what fails is left out, and a contest that lack of memory cuts short is not kept on disk.
+A launch that is large enough to matter benchmarks the configurations of its shape class once, before its real work.
+Configurations that spill are skipped unless all spill. The fastest is kept, in this process by device, and on disk by
+the name of the GPU, for all later ones; of processes that tune at the same time the first to finish decides for all. An
+error in a configuration only excludes it, and a benchmark that lack of memory cuts short is not kept on disk.
 
 A configuration decides the order of sums, so another one may change the last bits of a result. Deleting the cache may
-do so too, for the next contest may end differently. `QACONV_TRITON_TUNE=0` pins the shipped configurations: the same
-call then gives the same bits on this machine, whatever the cache holds.
+do so too, for the next benchmark may end differently. `QACONV_TRITON_TUNE=0` pins the defaults: the same call then
+gives the same bits on this machine, whatever the cache holds.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from .config import INTERPRETED, Config, generation
 
 TUNE_VARIABLE = "QACONV_TRITON_TUNE"
 CACHE_VARIABLE = "QACONV_TRITON_CACHE_DIR"
-WORTH = 2.0**34  # operations of a launch that is tuned for; a smaller one takes what a launch takes anyway
-LONG = 100.0  # milliseconds of a launch that is not repeated for its time
+MIN_TUNED_FLOPS = 2.0**34  # operations of a launch that is tuned for; a smaller one takes what a launch takes anyway
+LONG_LAUNCH_MS = 100.0  # milliseconds of a launch that is not repeated for its time
 MAX_FILE_BYTES = 2**16  # of a choice on disk, which takes about 2 KiB
 PREFIX, SUFFIX = ".choice-", ".tmp"  # of a file that is being written
 STALE_SECONDS = 86_400  # age from which its writer was killed
 
-Table = Callable[..., list[Config]]  # a function of config.py
+ListConfigs = Callable[..., list[Config]]  # a function of config.py
 logger = logging.getLogger(__name__)
-chosen: dict[tuple[object, ...], Config] = {}  # in this process
-one_at_a_time = threading.Lock()  # contests disturb each other's times
+selected: dict[tuple[object, ...], Config] = {}  # in this process
+benchmark_lock = threading.Lock()  # benchmarks disturb each other's times
 
 
 def is_on() -> bool:
@@ -63,82 +63,83 @@ def is_on() -> bool:
     return wanted == "1" if INTERPRETED else torch.cuda.is_available()
 
 
-def choose(
-    table: Table, shape: tuple[int, ...], variant: str, operations: float, run: Callable[[Config], Any]
+def select_config(
+    list_configs: ListConfigs, shape: tuple[int, ...], variant: str, operations: float, run: Callable[[Config], Any]
 ) -> Config:
     """The configuration for a launch.
 
     Args:
-        table: the function of config.py that lists configurations, the shipped one first.
+        list_configs: the function of config.py that lists configurations, the default first.
         shape: its arguments, the launch's shape class.
         variant: what else changes the code of the kernel.
         operations: of this launch.
         run: launches it with a configuration, as often as it is called to the same effect, and returns the compiled
             kernel.
     """
-    if operations < WORTH or not is_on():  # by size alone, so that a launch takes the same in every run
-        return _configs(table, shape, generation())[0]
-    key = (table.__name__, shape, variant, 0 if INTERPRETED else torch.cuda.current_device())
-    if key not in chosen:
+    if operations < MIN_TUNED_FLOPS or not is_on():  # by size alone, so that a launch takes the same in every run
+        return _configs(list_configs, shape, generation())[0]
+    key = (list_configs.__name__, shape, variant, 0 if INTERPRETED else torch.cuda.current_device())
+    if key not in selected:
         if not INTERPRETED and torch.cuda.is_current_stream_capturing():  # which allows no clock
-            return _configs(table, shape, generation())[0]
-        with one_at_a_time:
-            if key not in chosen:
-                chosen[key] = _found(table, shape, variant, run)
-    return chosen[key]
+            return _configs(list_configs, shape, generation())[0]
+        with benchmark_lock:
+            if key not in selected:
+                selected[key] = _cached_or_fastest(list_configs, shape, variant, run)
+    return selected[key]
 
 
 @cache
-def _configs(table: Table, shape: tuple[int, ...], architecture: int) -> list[Config]:
-    return table(*shape)
+def _configs(list_configs: ListConfigs, shape: tuple[int, ...], architecture: int) -> list[Config]:
+    return list_configs(*shape)
 
 
-def _found(table: Table, shape: tuple[int, ...], variant: str, run: Callable[[Config], Any]) -> Config:
-    """The choice on disk, if it launches, or that of a contest, which is put there."""
-    configs = _configs(table, shape, generation())
-    question = {
-        "table": table.__name__, "shape": list(shape), "variant": variant, "device": _device_name(),
+def _cached_or_fastest(
+    list_configs: ListConfigs, shape: tuple[int, ...], variant: str, run: Callable[[Config], Any]
+) -> Config:
+    """The configuration on disk, if it launches, or the fastest, which is put there."""
+    configs = _configs(list_configs, shape, generation())
+    cache_key = {
+        "op": list_configs.__name__, "shape": list(shape), "variant": variant, "device": _device_name(),
         "triton": triton.__version__, "kernels": _kernels(), "configs": [config._asdict() for config in configs],
     }  # fmt: skip
-    path = _path(question)
-    known = None if path is None else _read(path, question)
-    if known is not None:
+    path = _path(cache_key)
+    cached = None if path is None else _read(path, cache_key)
+    if cached is not None:
         try:
-            run(configs[known])
-            return configs[known]
+            run(configs[cached])
+            return configs[cached]
         except Exception as error:  # another driver, or no memory at present
-            logger.warning("%s: %s does not launch (%s): choosing anew", path, configs[known], error)
+            logger.warning("%s: %s does not launch (%s): choosing anew", path, configs[cached], error)
     logger.warning(
         "tuning %s %s %s for this GPU, once; python -m qaconv_triton.warmup does it before training, %s=0 does without",
-        table.__name__, shape, variant, TUNE_VARIABLE,
+        list_configs.__name__, shape, variant, TUNE_VARIABLE,
     )  # fmt: skip
     started = perf_counter()
-    times, is_complete = contest(configs, run)
+    times, is_complete = benchmark_configs(configs, run)
     if not times:  # then the launch itself says what is wrong
         return configs[0]
     best = min(times, key=lambda number: times[number])
-    logger.info("%s: number %d of %s ms, in %.1f s", table.__name__, best, times, perf_counter() - started)
+    logger.info("%s: number %d of %s ms, in %.1f s", list_configs.__name__, best, times, perf_counter() - started)
     if path is None or not is_complete:
         logger.warning("the choice of a configuration is for this process only")
         return configs[best]
-    return configs[_publish(path, question, times, best)]
+    return configs[_publish(path, cache_key, times, best)]
 
 
-def contest(configs: list[Config], run: Callable[[Config], Any]) -> tuple[dict[int, float], bool]:
-    """Time the configurations that compile and that the GPU has room for.
+def benchmark_configs(configs: list[Config], run: Callable[[Config], Any]) -> tuple[dict[int, float], bool]:
+    """Time the configurations that compile and that fit the GPU.
 
-    One that spills registers to memory takes part only if all do. Whatever is wrong with one costs that one its place
-    and nothing else.
+    Those that spill registers to memory are skipped unless all do. An error in a configuration only excludes it.
 
     Returns:
-        Milliseconds of each configuration, by its place, and whether another contest would leave out the same ones:
+        Milliseconds of each configuration, by its number, and whether another benchmark would exclude the same ones:
         false if one could not be timed, or lacked memory.
     """
     spills, is_complete = {}, True
     for number, config in enumerate(configs):
         try:
             spills[number] = _spilled(run(config))
-        except Exception as error:  # no room, no memory, or a compiler that gives up, each version in its own way
+        except Exception as error:  # out of (shared) memory, or a compiler that gives up, each version in its own way
             is_complete = is_complete and not _is_shortage(error)
             logger.info("no trial of %s: %s", config, error)
     least = min(spills.values(), default=0)
@@ -175,7 +176,7 @@ def _milliseconds(run: Callable[[], Any]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return min(times) if min(times) > LONG else float(triton.testing.do_bench(run, return_mode="median"))
+    return min(times) if min(times) > LONG_LAUNCH_MS else float(triton.testing.do_bench(run, return_mode="median"))
 
 
 def cache_directory() -> Path | None:
@@ -199,20 +200,20 @@ def _device_name() -> str:
 
 @cache
 def _kernels() -> str:
-    """What stands for the kernels' source: another source is another contest."""
+    """What stands for the kernels' source: another source is another benchmark."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def _path(question: dict[str, Any]) -> Path | None:
-    """The file of a question's answer."""
-    name = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
+def _path(cache_key: dict[str, Any]) -> Path | None:
+    """The file of a cache key."""
+    name = hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]
     directory = cache_directory()
-    return None if directory is None else directory / f"{question['table']}-{name}.json"
+    return None if directory is None else directory / f"{cache_key['op']}-{name}.json"
 
 
-def _read(path: Path, question: dict[str, Any]) -> int | None:
-    """The choice on disk, a place among the question's configurations; None if there is none that can be used.
+def _read(path: Path, cache_key: dict[str, Any]) -> int | None:
+    """The choice on disk, a number of the key's configurations; None if there is none that can be used.
 
     Anything may lie at the path: only a small regular file is read, never through a link, and nothing waits.
     """
@@ -225,7 +226,7 @@ def _read(path: Path, question: dict[str, Any]) -> int | None:
             text = os.read(descriptor, MAX_FILE_BYTES)
         finally:
             os.close(descriptor)
-        return _answer(json.loads(text), question)
+        return _cached_number(json.loads(text), cache_key)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -235,21 +236,21 @@ def _read(path: Path, question: dict[str, Any]) -> int | None:
     return None
 
 
-def _answer(content: object, question: dict[str, Any]) -> int:
+def _cached_number(content: object, cache_key: dict[str, Any]) -> int:
     """The choice that a file's content makes.
 
     Raises:
-        ValueError: it answers another question, or none.
+        ValueError: it is of another cache key, or holds none.
     """
-    if not isinstance(content, dict) or any(content.get(name) != value for name, value in question.items()):
-        raise ValueError("it answers another question")
+    if not isinstance(content, dict) or any(content.get(name) != value for name, value in cache_key.items()):
+        raise ValueError("it is of another cache key")
     best = content.get("best")
-    if type(best) is not int or not 0 <= best < len(question["configs"]):
-        raise ValueError(f"best: expected a number from 0 to {len(question['configs']) - 1}, got {best!r:.40}")
+    if type(best) is not int or not 0 <= best < len(cache_key["configs"]):
+        raise ValueError(f"best: expected a number from 0 to {len(cache_key['configs']) - 1}, got {best!r:.40}")
     return best
 
 
-def _publish(path: Path, question: dict[str, Any], times: dict[int, float], best: int) -> int:
+def _publish(path: Path, cache_key: dict[str, Any], times: dict[int, float], best: int) -> int:
     """Put a choice on disk, whole or not at all, and return it; if there is one that launches here, return that."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -259,11 +260,11 @@ def _publish(path: Path, question: dict[str, Any], times: dict[int, float], best
             with open(descriptor, "w", encoding="utf-8") as file:
                 with suppress(OSError, AttributeError):  # others who may enter the directory may read it
                     os.fchmod(descriptor, 0o644 & path.parent.stat().st_mode)
-                json.dump(question | {"milliseconds": times, "best": best}, file, indent=1)
+                json.dump(cache_key | {"milliseconds": times, "best": best}, file, indent=1)
             try:
                 os.link(name, path)
             except (OSError, AttributeError):  # there is something already, or no hard links
-                present = _read(path, question)
+                present = _read(path, cache_key)
                 if present in times:
                     return present
                 os.replace(name, path)

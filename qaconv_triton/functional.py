@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, reference
-from .checks import (
+from . import ops
+from .common.dtypes import accumulation_dtype
+from .common.norms import inverse_norm, power_of_two, with_norms
+from .kernels import config
+from .progress import Progress, show_progress
+from .validation import (
     check_count,
     check_device,
     check_finite_rows,
@@ -23,10 +27,6 @@ from .checks import (
     refuse_tangent,
     values_may_be_read,
 )
-from .kernels import config
-from .kernels.norms import accumulation_dtype, power_of_two, with_norms
-from .kernels.panels import Progress
-from .progress import show_progress
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -144,7 +144,7 @@ def class_neighbors(
         rescore: find somewhat more than k candidates, then rank them by similarities taken in fp32 from the
             embeddings as given: what products in half precision cost in recall, almost always, comes back.
         workspace_bytes: what may be held beyond O(N k), among it the pieces of a streamed table and, on a GPU, the
-            lists of candidates. By default half of a GPU's free memory, 256 MB on the CPU.
+            candidates. By default half of a GPU's free memory, 256 MB on the CPU.
         device: where to compute, and where the result is; the embeddings' device where None.
         progress: True for a bar (by tqdm, on a terminal; elsewhere a line now and then), or a function that is called
             with what is done and what there is to do.
@@ -256,7 +256,7 @@ def correlation_dtype(maps: Tensor) -> torch.dtype:
 
 
 class _Normalize(torch.autograd.Function):
-    """`reference.normalize` of `[..., C]` with its gradient written out, which takes a third of the time.
+    """`common.norms.unit` of `[..., C]` with its gradient written out, which takes a third of the time.
 
     Returns the unit vectors, and their inverse norms once they are scaled by a power of two.
     """
@@ -266,7 +266,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(maps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         scaled = maps * scale
-        inverse = reference.inverse_norm(scaled)
+        inverse = inverse_norm(scaled)
         return scaled.mul_(inverse), inverse
 
     @staticmethod

@@ -24,8 +24,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from . import checkpoint
-from .checks import check_count, check_device, check_labels, check_maps, check_number
 from .recompute import MemoryLog, StatisticsGuard, is_recomputing
+from .validation import check_count, check_device, check_labels, check_maps, check_number
 
 if TYPE_CHECKING:
     from .matcher import QAConv

@@ -13,8 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, cpu, functional, ops
-from .checks import (
+from . import checkpoint, functional, ops
+from .common.dtypes import accumulation_dtype
+from .progress import Progress
+from .scores import (
+    BatchStatistics,
+    ClassScores,
+    check_pairs,
+    folded,
+    is_frozen,
+    pair_scores,
+    update_running_statistics,
+)
+from .validation import (
     check_count,
     check_device,
     check_flag,
@@ -24,16 +35,6 @@ from .checks import (
     check_maps,
     check_visibility,
     values_may_be_read,
-)
-from .kernels.panels import Progress
-from .scores import (
-    BatchStatistics,
-    ClassScores,
-    check_pairs,
-    folded,
-    is_frozen,
-    pair_scores,
-    update_running_statistics,
 )
 
 MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
@@ -459,7 +460,7 @@ class QAConv(nn.Module):
         step = max(1, MAP_BYTES // (4 * self.num_features * self.height * self.width))
         if max(probes, items) <= step or not self._only_sums(evaluate):
             return self._score(probe, gallery(slice(0, items)), evaluate=evaluate)
-        scores = probe.new_empty(probes, items, dtype=cpu.accumulation_dtype(dtype))
+        scores = probe.new_empty(probes, items, dtype=accumulation_dtype(dtype))
         for first in range(0, items, step):
             columns = slice(first, first + step)
             maps = gallery(columns)
@@ -489,7 +490,7 @@ class QAConv(nn.Module):
         Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
         """
         if self._only_sums(evaluate):
-            size, dtype = 2 * self.height * self.width, cpu.accumulation_dtype(probe.dtype)
+            size, dtype = 2 * self.height * self.width, accumulation_dtype(probe.dtype)
             weight, shift = folded(self.bn, self.fc, self.logit_bn, size, dtype)
             return ops.pair_sums(probe, gallery, index, group, raw, weight) + shift, []
         pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and self.sparse_grad)[0]

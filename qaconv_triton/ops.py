@@ -1,6 +1,6 @@
 """The operations as `torch.library` ops: fakes, autograd, and the choice of a backend.
 
-CUDA tensors go to the Triton kernels, CPU tensors and fp64 to `cpu.py` and `cpu_topk.py`.
+CUDA tensors go to the Triton kernels in `kernels/`, CPU tensors and fp64 to the functions of the same names in `cpu/`.
 `QACONV_TRITON_BACKEND=triton|torch` forces either, so that the kernels run on a CPU under `TRITON_INTERPRET=1`.
 
 Maps travel as `[.., C, H, W]`, in any memory format; inside they are seen as `[.., S, C]`, which costs nothing for
@@ -9,6 +9,7 @@ channels-last ones. Outputs and gradients are laid out channels-last.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from torch._C._functorch import TransformType
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from . import cpu, cpu_topk
+from .common.backward import BackwardInputs
+from .common.dtypes import accumulation_dtype, argmax_dtype
+from .common.inverted_index import InvertedIndex, inverted_index, packed_size
 from .kernels import config
-from .kernels.edges import Edges, inverse_list, packed_size
-from .kernels.panels import Progress, cast
+from .progress import Progress
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
@@ -59,6 +61,11 @@ def uses_triton(device: torch.device, dtype: torch.dtype) -> bool:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _backend(op: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The module that implements an op for such tensors: `kernels/<op>.py` or `cpu/<op>.py`."""
+    return importlib.import_module(f".{'kernels' if uses_triton(device, dtype) else 'cpu'}.{op}", __package__)
 
 
 @contextmanager
@@ -100,20 +107,18 @@ def max_correlation(
     Returns:
         pooled `[P, K or G, 2S]` fp32 (fp64 for fp64): the maximum over r for every s, then over s for every r;
         argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery maps in `index`, in the
-        order of their ids, `[T, S]`, or of all of them, `[G, S]`, empty without `normalize_gallery`; and the inverse
-        list of `index`, packed, empty without one. Only pooled is differentiable, once.
+        order of their ids, `[T, S]`, or of all of them, `[G, S]`, empty without `normalize_gallery`; and the inverted
+        index of `index`, packed, empty without one. Only pooled is differentiable, once.
     """
-    forward = cpu.max_correlation
-    if uses_triton(probe.device, probe.dtype):
-        from .kernels import max_correlation as kernel
-
-        forward = kernel.forward
+    backend = _backend("max_correlation", probe.device, probe.dtype)
     index = None if index is None else index.contiguous()
     with _as_given(probe):
-        edges = None if index is None else inverse_list(index, gallery.shape[0])
+        inverted = None if index is None else inverted_index(index, gallery.shape[0])
         maps = _locations(probe).contiguous()
-        pooled, argmax, rnorm = forward(maps, _locations(gallery), index, group, edges, normalize_gallery)
-    packed = probe.new_empty(0, dtype=torch.int64) if edges is None else edges.packed()
+        pooled, argmax, rnorm = backend.max_correlation(
+            maps, _locations(gallery), index, group, inverted, normalize_gallery
+        )
+    packed = probe.new_empty(0, dtype=torch.int64) if inverted is None else inverted.packed()
     return pooled, argmax, rnorm, packed
 
 
@@ -129,9 +134,9 @@ def _(
     probes = probe.shape[0]
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     locations = probe.shape[2] * probe.shape[3]
-    dtype = cpu.accumulation_dtype(probe.dtype)
+    dtype = accumulation_dtype(probe.dtype)
     pooled = probe.new_empty(probes, neighbors, 2 * locations, dtype=dtype)
-    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=config.argmax_dtype(locations))
+    argmax = probe.new_empty(probes, neighbors, 2 * locations, dtype=argmax_dtype(locations))
     pairs, maps = probes * neighbors, gallery.shape[0]
     slots = maps if index is None else min(pairs, maps)
     rnorm = probe.new_empty((slots, locations) if normalize_gallery else (0,), dtype=dtype)
@@ -150,13 +155,9 @@ def pair_sums(
     index = None if index is None else index.contiguous()
     weight, maps, keys = weight.contiguous(), _locations(probe).contiguous(), _locations(gallery)
     with _as_given(probe):
-        if not uses_triton(probe.device, probe.dtype):
-            return cpu.pair_sums(maps, keys, index, group, normalize_gallery, weight)
-        from .kernels import max_correlation as kernel
-
-        edges = inverse_list(index, gallery.shape[0]) if index is not None and normalize_gallery else None
-        sums: Tensor = kernel.pair_sums(maps, keys, index, group, edges, normalize_gallery, weight)
-        return sums
+        backend = _backend("max_correlation", probe.device, probe.dtype)
+        sums: Tensor = backend.pair_sums(maps, keys, index, group, normalize_gallery, weight)
+    return sums
 
 
 @pair_sums.register_fake
@@ -164,7 +165,7 @@ def _(
     probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
 ) -> Tensor:
     neighbors = gallery.shape[0] if index is None else index.shape[1]
-    return probe.new_empty(probe.shape[0], neighbors, dtype=cpu.accumulation_dtype(probe.dtype))
+    return probe.new_empty(probe.shape[0], neighbors, dtype=accumulation_dtype(probe.dtype))
 
 
 @torch.library.custom_op("qaconv_triton::max_correlation_backward", mutates_args=())
@@ -173,7 +174,7 @@ def max_correlation_backward(
     pooled: Tensor,
     argmax: Tensor,
     rnorm: Tensor,
-    edges: Tensor,
+    packed: Tensor,
     probe: Tensor,
     gallery: Tensor,
     index: Tensor | None,
@@ -186,25 +187,13 @@ def max_correlation_backward(
 
     `rows` int64 `[T]`, rising: the gallery rows in `index`; the gallery's gradient is then `[T, C, H, W]`.
     """
-    maps, keys = _locations(probe).contiguous(), _locations(gallery)
-    grad = grad.contiguous()
     index = None if index is None else index.contiguous()
-    met = None if index is None else Edges.unpacked(edges, index.numel())
+    inverted = None if index is None else InvertedIndex.unpacked(packed, index.numel())
+    maps, keys = _locations(probe).contiguous(), _locations(gallery)
+    saved = BackwardInputs(grad.contiguous(), pooled, argmax, rnorm, inverted, maps, keys, index, group)
     with _as_given(probe):
-        if uses_triton(probe.device, probe.dtype):
-            from .kernels import max_correlation as kernel
-
-            to_probe, to_gallery = maps.new_empty(0), keys.new_empty(0)
-            if needs_probe:
-                to_probe = kernel.probe_gradient(grad, argmax, rnorm, maps, keys, index, met)
-            if needs_gallery:
-                if met is not None and rows is not None:  # without the unused slots
-                    met = met._replace(classes=rows, offsets=met.offsets[: rows.shape[0] + 1])
-                to_gallery = kernel.gallery_gradient(grad, pooled, argmax, rnorm, maps, keys, met, rows is not None)
-        else:
-            to_probe, to_gallery = cpu.max_correlation_backward(
-                grad, pooled, argmax, rnorm, met, maps, keys, index, group, rows, needs_probe, needs_gallery
-            )
+        backend = _backend("max_correlation", probe.device, probe.dtype)
+        to_probe, to_gallery = backend.max_correlation_backward(saved, rows, needs_probe, needs_gallery)
     return (
         _maps(to_probe, probe) if needs_probe else to_probe,
         _maps(to_gallery, gallery) if needs_gallery else to_gallery,
@@ -217,7 +206,7 @@ def _(
     pooled: Tensor,
     argmax: Tensor,
     rnorm: Tensor,
-    edges: Tensor,
+    packed: Tensor,
     probe: Tensor,
     gallery: Tensor,
     index: Tensor | None,
@@ -246,14 +235,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    pooled, argmax, rnorm, edges, probe, gallery, index, group = ctx.saved_tensors
+    pooled, argmax, rnorm, packed, probe, gallery, index, group = ctx.saved_tensors
     needs_probe, needs_gallery = ctx.needs_input_grad[:2]
     rows = None
     if ctx.sparse_grad and index is not None and needs_gallery:
-        classes = Edges.unpacked(edges, index.numel()).classes
+        classes = InvertedIndex.unpacked(packed, index.numel()).classes
         rows = classes[classes >= 0]
     to_probe, to_gallery = max_correlation_backward(
-        grad, pooled, argmax, rnorm, edges, probe, gallery, index, group, rows, needs_probe, needs_gallery
+        grad, pooled, argmax, rnorm, packed, probe, gallery, index, group, rows, needs_probe, needs_gallery
     )
     if rows is not None:
         values = to_gallery.contiguous()
@@ -281,7 +270,7 @@ def cosine_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k keys `[N, D]` of largest cosine for every query `[P, D]`; without keys, the other queries.
 
-    See `functional.class_neighbors` for what bounds and steers the search. `progress_of_search` is told how far it is:
+    See `functional.class_neighbors` for what bounds and steers the search. Progress goes to `progress_of_search`, for
     an op takes no functions.
     """
     device = queries.device if device is None else torch.empty(0, device=device).device
@@ -289,16 +278,10 @@ def cosine_topk(
     queries, keys = queries.contiguous(), None if keys is None else keys.contiguous()
     progress = progress_of_search.get()
     with _as_given(torch.empty(0, device=device)):
-        if uses_triton(device, dtype):
-            from .kernels import cosine_topk as kernel
-
-            found = kernel.cosine_topk(queries, keys, k, previous, workspace_bytes, device, dtype, progress)
-        else:
-            workspace_bytes = config.WORKSPACE_BYTES if workspace_bytes is None else workspace_bytes
-            queries = cast(queries.to(device), dtype)
-            keys = None if keys is None else cast(keys.to(device), dtype)
-            found = cpu_topk.cosine_topk(queries, keys, k, previous, workspace_bytes, progress)
-    similarities, indices = found
+        backend = _backend("cosine_topk", device, dtype)
+        similarities, indices = backend.cosine_topk(
+            queries, keys, k, previous, workspace_bytes, device, dtype, progress
+        )
     return similarities, indices
 
 
@@ -313,7 +296,7 @@ def _(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     shape, device = (queries.shape[0], k), device or queries.device
-    accumulated = cpu.accumulation_dtype(dtype or queries.dtype)
+    accumulated = accumulation_dtype(dtype or queries.dtype)
     return queries.new_empty(shape, dtype=accumulated, device=device), queries.new_empty(
         shape, dtype=torch.int64, device=device
     )

@@ -9,10 +9,11 @@ from time import perf_counter
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
+Progress = Callable[[int, int], None]  # called with what is done and what there is to do
 
 
 @contextmanager
-def show_progress(name: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(name: str, unit: str) -> Iterator[Progress]:
     """Show how far a computation is, for as long as the context lasts.
 
     A bar needs tqdm; without it lines are written everywhere.
@@ -47,7 +48,7 @@ def _tqdm() -> Any:
     return tqdm if is_notebook or sys.stderr.isatty() else None
 
 
-def _lines(name: str, unit: str) -> Callable[[int, int], None]:
+def _lines(name: str, unit: str) -> Progress:
     started = last = perf_counter()
 
     def update(done: int, total: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from .kernels.norms import power_of_two
+from .common.norms import unit
 
 
 def normalize(maps: Tensor) -> Tensor:
@@ -19,16 +19,7 @@ def normalize(maps: Tensor) -> Tensor:
 
     Any finite length is right, and so is the gradient, as far as the dtype can hold it.
     """
-    scaled = maps * power_of_two(maps)
-    unit: Tensor = scaled * inverse_norm(scaled)
-    return unit
-
-
-def inverse_norm(maps: Tensor) -> Tensor:
-    """`1 / |maps|` over the last axis, `[..., 1]`; zero for a zero vector, NaN where the vector holds NaN."""
-    squares = maps.square().sum(-1, keepdim=True)
-    is_zero = squares == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares).rsqrt())
+    return unit(maps)
 
 
 def locations(maps: Tensor) -> Tensor:
@@ -45,7 +36,7 @@ def max_correlation(
         probe: `[P, S, C]`, prepared (normalised, weighted).
         gallery: `[G, S, C]`, prepared likewise, or raw with `normalize_gallery`.
         index: int64 `[P, K]` rows of `gallery` to compare each probe with; all of them where None. A negative
-            entry gives NaN.
+            id gives NaN.
         normalize_gallery: normalise the gallery over C first.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .checks import check_count
+from .validation import check_count
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,7 +4,7 @@
 
 Compiled kernels go to Triton's cache on disk and the fastest configurations to the library's (kernels/tuning.py): a
 training of maps of this size finds both there. They depend neither on the batch size nor on the number of classes, but
-launches too small to matter take configurations as shipped, and lists of neighbours are selected from in powers of two.
+launches too small to matter take the default configurations, and buffers are selected from in powers of two.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser().error(str(error))
     device: torch.device = options.device
     if device.type == "cuda" and not torch.cuda.is_available():
-        _say("No GPU here: there is nothing to compile or tune, the CPU path runs as it is.")
+        _print("No GPU here: there is nothing to compile or tune, the CPU path runs as it is.")
         return
     if not ops.uses_triton(device, torch.float32):
-        _say(f"Tensors on {device} are not for the Triton kernels: there is nothing to compile or tune.")
+        _print(f"Tensors on {device} are not for the Triton kernels: there is nothing to compile or tune.")
         return
     from .kernels import tuning
 
@@ -76,11 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
     for name, step in _with_progress(list(_steps(options, device))):
         found.append((name, _seconds(step, device), _seconds(step, device)))
     width = max(len(name) for name, *_ in found)
-    _say(f"{'':{width}}  first call     again")
+    _print(f"{'':{width}}  first call     again")
     for name, first, again in found:
-        _say(f"{name:{width}}  {first:8.2f} s  {1e3 * again:6.1f} ms")
-    for (table, shape, variant, *_), config in tuning.chosen.items():
-        _say(f"{table} {shape} {variant}: {config}")
+        _print(f"{name:{width}}  {first:8.2f} s  {1e3 * again:6.1f} ms")
+    for (op, shape, variant, *_), config in tuning.selected.items():
+        _print(f"{op} {shape} {variant}: {config}")
     if tuning.is_on():
         directory = tuning.cache_directory()
         kept = (
@@ -88,10 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
             if directory is None
             else f"Choices are kept in {directory}."
         )
-        _say(kept if tuning.chosen else "No launch is large enough to be tuned for: kernels run as shipped.")
+        _print(kept if tuning.selected else "No launch is large enough to be tuned for: kernels run with the defaults.")
     else:
-        _say(
-            f"Not tuned ({tuning.TUNE_VARIABLE}={os.environ.get(tuning.TUNE_VARIABLE, '')!r}): kernels run as shipped."
+        _print(
+            f"Not tuned ({tuning.TUNE_VARIABLE}={os.environ.get(tuning.TUNE_VARIABLE, '')!r}): "
+            "kernels run with the defaults."
         )
 
 
@@ -136,7 +137,7 @@ def _worth(shape: tuple[int, int, int], k: int) -> int:
     from .kernels import tuning
 
     each = 2.0 * shape[0] * (shape[1] * shape[2]) ** 2  # operations of a pair
-    worth: float = tuning.WORTH
+    worth: float = tuning.MIN_TUNED_FLOPS
     return max(math.ceil(worth / (each * k)), math.ceil(math.sqrt(worth / each)))
 
 
@@ -149,12 +150,12 @@ def _with_progress(steps: list[tuple[str, Callable[[], object]]]) -> Iterator[tu
 
 
 def _classes(count: int, shape: tuple[int, ...], k: int, device: torch.device) -> int:
-    """N, or as many classes as there is room for: no kernel depends on how many there are."""
+    """N, or as many classes as fit: no kernel depends on how many there are."""
     if device.type != "cuda":
         return count
     each = 4 * 3 * shape[0] * shape[1] * shape[2]  # of the table, its gradient, and what either needs meanwhile
-    room = int(SHARE * torch.cuda.mem_get_info(device)[0]) // each
-    return max(min(count, room), k + 1)
+    fitting = int(SHARE * torch.cuda.mem_get_info(device)[0]) // each
+    return max(min(count, fitting), k + 1)
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
@@ -165,7 +166,7 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     return perf_counter() - started
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 

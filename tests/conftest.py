@@ -100,10 +100,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     found = [bench.extra_info for bench in session.benchmarks if "ratio" in bench.extra_info] if session else []
     if not config.getoption("--benchmark") or not found:
         return
-    from bench import checks
+    from bench import perf
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    floors = checks.floors(device)
+    floors = perf.floors(device)
     terminalreporter.section("times as fast as the baseline")
     for info in found:
         floor = f"{floors[info['check']]:.2f}" if info["check"] in floors else "none"
@@ -113,8 +113,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"{peak}, {info['tflops']:.3g} of {info['matmul_tflops']:.3g} TFLOP/s"
         )
     if config.getoption("--perf-gate-save"):
-        checks.save_floors(found, device)
-        terminalreporter.write_line(f"saved in {checks.FLOORS}")
+        perf.save_floors(found, device)
+        terminalreporter.write_line(f"saved in {perf.FLOORS}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The class graph under stress, with tiles so small that a small table has many: orders, floods, guesses, memory."""
+"""The class graph under stress, with tiles so small that a small table has many: orders, floods, thresholds, memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from test_cosine_topk import check, table
 from torch import Tensor
 from torch.nn import functional as F
 
-from qaconv_triton import QAConv, cpu_topk, functional, ops, reference
-from qaconv_triton.kernels import bars, config
+from qaconv_triton import QAConv, functional, ops, reference
+from qaconv_triton.common import thresholds
+from qaconv_triton.common.chunks import ChunkedTable
+from qaconv_triton.cpu import cosine_topk as cpu_topk
+from qaconv_triton.kernels import config, topk_search
 from qaconv_triton.kernels import cosine_topk as kernel
-from qaconv_triton.kernels.panels import Panels
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
@@ -25,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both backends in small pieces, so that a small table has many."""
     monkeypatch.setattr(cpu_topk, "TILE", 16)
-    monkeypatch.setattr(cpu_topk, "HEIGHT", 32)
-    monkeypatch.setattr(cpu_topk, "WIDTH", 64)
-    monkeypatch.setattr(cpu_topk, "CUT", 7)
+    monkeypatch.setattr(cpu_topk, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(cpu_topk, "BLOCK_COLUMNS", 64)
+    monkeypatch.setattr(cpu_topk, "COMPACT_ROWS", 7)
     tiles = {"BM": 32, "BN": 64, "BD": 16, "GROUP": 3}
     monkeypatch.setattr(config, "cosine_topk", lambda dim, element_size: [config.Config(tiles, 4, 2)])
 
@@ -42,7 +44,7 @@ def on_a_circle(angles: Tensor) -> Tensor:
 
 
 def order(name: str, count: int, device: torch.device) -> Tensor:
-    """Tables that are hard on lists of candidates."""
+    """Tables that are hard on the buffers of candidates."""
     places = torch.arange(count, dtype=torch.float32)
     if name == "rising":  # later classes are nearer to every class: each block beats the last
         embeddings = torch.cat([torch.ones(count, 1), torch.eye(count) * 0.1], dim=1) * 1.0
@@ -106,19 +108,19 @@ def test_any_k(k: int, backend: str, device: torch.device) -> None:
     check(embeddings, embeddings, k, True, *graph(embeddings, k), decided=0.0 if k > 300 else 0.5)
 
 
-# --- bars: guessed, remembered, wrong
+# --- thresholds: estimated from a sample or the previous graph, and wrong
 
 
-@pytest.mark.parametrize("height", [-2.0, 0.0, 0.7, 2.0])
+@pytest.mark.parametrize("threshold", [-2.0, 0.0, 0.7, 2.0])
 @pytest.mark.parametrize("name", ["clusters", "duplicates", "exact"])
-def test_any_guess_gives_the_same_graph(
-    height: float, name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_any_threshold_gives_the_same_graph(
+    threshold: float, name: str, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too low, and lists overflow; too high, and they end short of k; above everything, and they stay empty."""
+    """Too low, and buffers overflow; too high, and they end short of k; above everything, and they stay empty."""
     embeddings = order(name, 300, device)
     previous = torch.zeros(300, 20, dtype=torch.int64, device=device)
-    guess = torch.full((300,), height, device=device)
-    monkeypatch.setattr(bars, "remember", lambda queries, keys, previous, dtype: guess[: len(queries)])
+    estimate = torch.full((300,), threshold, device=device)
+    monkeypatch.setattr(thresholds, "_from_previous", lambda queries, *_: estimate[: len(queries)])
     values, indices = graph(embeddings, 20, previous=previous)
     check(embeddings, embeddings, 20, True, values, indices, decided=0.0)
     if name != "clusters":
@@ -130,13 +132,13 @@ def test_a_sample_of_the_keys_is_asked_first(
     dim: int, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    sample = bars.sample
+    sample = thresholds._sample
 
     def spied(num_keys: int, dim: int, k: int) -> tuple[slice, int] | None:
         asked.append(sample(num_keys, dim, k))
         return asked[-1]
 
-    monkeypatch.setattr(bars, "sample", spied)
+    monkeypatch.setattr(thresholds, "_sample", spied)
     embeddings = table(1200, dim, device)
     check(embeddings, embeddings, 60, True, *graph(embeddings, 60), decided=0.5)
     chosen, rank = asked[0]
@@ -173,13 +175,13 @@ def test_warm_start_changes_nothing(name: str, kind: str, backend: str, device: 
 def test_warm_start_looks_at_fewer_candidates(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
     appended = []
-    append = cpu_topk._Lists.append
+    append = cpu_topk._CandidateBuffers.append
 
-    def counted(self: object, first: int, lists: Tensor, *rest: Tensor) -> None:
-        appended[-1] += len(lists)
-        append(self, first, lists, *rest)  # type: ignore[arg-type]
+    def counted(self: object, first: int, rows: Tensor, *rest: Tensor) -> None:
+        appended[-1] += len(rows)
+        append(self, first, rows, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu_topk._Lists, "append", counted)
+    monkeypatch.setattr(cpu_topk._CandidateBuffers, "append", counted)
     embeddings = table(1500, 16, device)
     appended.append(0)
     cold = graph(embeddings, 50)[1]
@@ -229,20 +231,20 @@ def test_workspace_bounds_change_nothing(workspace: int, k: int, backend: str, d
     check(queries, embeddings, k, False, *bounded, decided=0.5)
 
 
-def test_small_workspace_means_small_panels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_workspace_means_small_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
-    made: list[weakref.ref[kernel.Lists]] = []
+    made: list[weakref.ref[kernel.CandidateBuffer]] = []
     most = [0]
-    make = kernel.Walk._lists
+    make = topk_search.TopKSearch._buffer
 
-    def spied(self: kernel.Walk, panel: object) -> kernel.Lists:
-        lists = make(self, panel)  # type: ignore[arg-type]
-        made.append(weakref.ref(lists))
+    def spied(self: topk_search.TopKSearch, chunk: object) -> kernel.CandidateBuffer:
+        buffer = make(self, chunk)  # type: ignore[arg-type]
+        made.append(weakref.ref(buffer))
         alive = [each for each in (reference() for reference in made) if each is not None]
-        most[0] = max(most[0], sum(8 * each.entries.numel() for each in alive))
-        return lists
+        most[0] = max(most[0], sum(8 * each.candidates.numel() for each in alive))
+        return buffer
 
-    monkeypatch.setattr(kernel.Walk, "_lists", spied)
+    monkeypatch.setattr(topk_search.TopKSearch, "_buffer", spied)
     embeddings = table(600, 7, device)
     graph(embeddings, 9)
     workspace = 2**19
@@ -272,19 +274,19 @@ def test_memory_mapped_table(tmp_path: Path, backend: str, device: torch.device)
     check(embeddings.to(device), embeddings.to(device), 9, True, values, indices)
 
 
-def test_panels_are_fetched_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device by another name is another device: panels are copied to it, by another thread, while one is in use."""
+def test_one_chunk_is_prefetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device by another name is another device: chunks are copied to it, by another thread, while one is in use."""
     values = torch.randn(10, 3)
     values[4] = 0
     fetched = []
-    panels = Panels(values, 4, torch.device("cpu", 0), torch.float32)
-    fetch = panels._fetch
-    monkeypatch.setattr(panels, "_fetch", lambda start: (fetched.append(start), fetch(start))[1])
+    chunks = ChunkedTable(values, 4, torch.device("cpu", 0), torch.float32)
+    fetch = chunks._fetch
+    monkeypatch.setattr(chunks, "_fetch", lambda start: (fetched.append(start), fetch(start))[1])
     order = [8, 0, 4, 0]
-    for count, (start, panel) in enumerate(zip(order, panels.walk(order), strict=True), 1):
-        assert panel.first == start
-        assert torch.equal(panel.rows, values[start : start + 4])
-        assert torch.allclose(panel.rnorm, (1 / panel.rows.norm(dim=1)).nan_to_num(posinf=0))
+    for count, (start, chunk) in enumerate(zip(order, chunks.chunks(order), strict=True), 1):
+        assert chunk.first == start
+        assert torch.equal(chunk.rows, values[start : start + 4])
+        assert torch.allclose(chunk.rnorm, (1 / chunk.rows.norm(dim=1)).nan_to_num(posinf=0))
         assert fetched[:count] == order[:count]
         assert len(fetched) <= count + 1
     assert fetched == order
@@ -392,10 +394,10 @@ def test_nan_among_more_keys_than_are_kept(place: int, backend: str, device: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unmoved_rows_are_not_searched_for_again(
+def test_unmoved_rows_are_not_retried(
     dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their bar is their k-th similarity, which another order of summing rounds otherwise."""
+    """Their threshold is their k-th similarity, which another order of summing rounds otherwise."""
     again = []
     search, pass_over = kernel._search, cpu_topk._Search.__init__
 
@@ -404,14 +406,14 @@ def test_unmoved_rows_are_not_searched_for_again(
         search(queries, keys, *rest)  # type: ignore[arg-type]
 
     def started(self: object, *operands: object, **options: object) -> None:
-        again.append(not (operands[7] if len(operands) > 7 else options["symmetric"]))
+        again.append(not (operands[7] if len(operands) > 7 else options["is_self_search"]))
         pass_over(self, *operands, **options)  # type: ignore[arg-type]
 
     embeddings = table(200, 64, device)
     previous = graph(embeddings, 12, dtype=dtype)[1]
     monkeypatch.setattr(kernel, "_search", spied)
     monkeypatch.setattr(cpu_topk._Search, "__init__", started)
-    monkeypatch.setattr(bars, "GATHER", 0)  # whatever it costs
+    monkeypatch.setattr(thresholds, "GATHER_COST", 0)  # whatever it costs
     values, indices = graph(embeddings, 12, dtype=dtype, previous=previous)
     assert again == [False]
     check(embeddings, embeddings, 12, True, values, indices, decided=0.0, rounding=ROUNDING[dtype])

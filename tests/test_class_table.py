@@ -34,9 +34,11 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qaconv_triton import QAConv, cpu, cpu_topk, functional
+from qaconv_triton import QAConv, functional
 from qaconv_triton import matcher as matcher_module
-from qaconv_triton.kernels import bars
+from qaconv_triton.common import thresholds
+from qaconv_triton.cpu import cosine_topk as cpu_topk
+from qaconv_triton.cpu import max_correlation as cpu
 
 # --- the class graph --------------------------------------------------------------------------------------------------
 
@@ -310,10 +312,10 @@ def test_a_rewritten_table_is_searched_as_if_new() -> None:
     first, second = (torch.randn(2000, 32, generator=generator) for _ in range(2))
     graph = functional.class_neighbors(first, 60)
     half = torch.cat([second[:1000], first[1000:]])
-    assert bars.remember(first, first, graph, first.dtype) is not None
-    assert bars.remember(first * 2, first * 2, graph, first.dtype) is not None
+    assert thresholds._from_previous(first, first, graph, 1e-5) is not None
+    assert thresholds._from_previous(first * 2, first * 2, graph, 1e-5) is not None
     for table in (second, half):
-        assert bars.remember(table, table, graph, table.dtype) is None
+        assert thresholds._from_previous(table, table, graph, 1e-5) is None
     warm = functional.class_neighbors(second, 60, previous=graph, return_similarities=True)[0]
     assert_close(warm, functional.class_neighbors(second, 60, return_similarities=True)[0], 1e-5)
 
@@ -563,10 +565,11 @@ def class_path_peak(mode: LargestTensor, classes: int, sparse_grad: bool = False
 def test_class_path_never_holds_all_similarities_or_correlations(
     monkeypatch: pytest.MonkeyPatch, largest: LargestTensor
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", 2**9)
-    for name, size in (("TILE", 16), ("HEIGHT", 32), ("WIDTH", 64)):
+    monkeypatch.setattr(cpu, "MAX_CORRELATIONS", 2**9)
+    for name, size in (("TILE", 16), ("BLOCK_ROWS", 32), ("BLOCK_COLUMNS", 64)):
         monkeypatch.setattr(cpu_topk, name, size)
-    monkeypatch.setattr(bars, "STRIP", 2**13)
+    monkeypatch.setattr(thresholds, "MAX_ELEMENTS", 2**13)
+    monkeypatch.setattr(cpu_topk, "MAX_ELEMENTS", 2**13)
     few, many = class_path_peak(largest, 1000), class_path_peak(largest, 2000)
     assert many >= 2000 * 2 * 16  # the table's gradient: the mode does see things
     assert many < 2000 * 2000 // 10
@@ -584,7 +587,7 @@ def test_class_path_never_holds_all_similarities_or_correlations(
 
 def test_sparse_step_never_holds_another_table(monkeypatch: pytest.MonkeyPatch, largest: LargestTensor) -> None:
     """With the graph at hand, a step touches the rows it needs only."""
-    monkeypatch.setattr(cpu, "BLOCK", 2**9)
+    monkeypatch.setattr(cpu, "MAX_CORRELATIONS", 2**9)
     matcher = QAConv(2, 4, 4, num_classes=5000, k_nearest=10, sparse_grad=True).to(DEVICE)
     matcher.class_neighbors = (torch.arange(1, 11).repeat(5000, 1) + torch.arange(5000)[:, None]).to(DEVICE) % 5000
     feature, labels = maps(6, 1, shape=(2, 4, 4)).requires_grad_(), torch.arange(6, device=DEVICE)
@@ -595,7 +598,7 @@ def test_sparse_step_never_holds_another_table(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_match_holds_no_pooled_values(monkeypatch: pytest.MonkeyPatch, largest: LargestTensor) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", 2**9)
+    monkeypatch.setattr(cpu, "MAX_CORRELATIONS", 2**9)
     monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * 1000)
     matcher, probe, gallery = build(), maps(30, 1), maps(40, 3)
     with largest:

@@ -31,9 +31,10 @@ import triton
 import triton.language as tl
 
 from qaconv_triton import functional, ops, reference
-from qaconv_triton.kernels import config, cosine_topk, max_correlation
-from qaconv_triton.kernels.edges import Edges
-from qaconv_triton.kernels.panels import Panel
+from qaconv_triton.common import candidates
+from qaconv_triton.common.chunks import Chunk
+from qaconv_triton.common.inverted_index import InvertedIndex
+from qaconv_triton.kernels import config, max_correlation, topk_kernels, topk_search
 from qaconv_triton.kernels.tiles import sortable, unsortable
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
@@ -141,7 +142,7 @@ def corners(values: dict[str, Callable[[np.ndarray], Any]], grids: list[tuple[in
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
         # debug: overflows of 32-bit integers are asserted not to happen
         stack.enter_context(mock.patch.object(builder, "options", dataclasses.replace(builder.options, debug=True)))
-        for module in (max_correlation, cosine_topk):
+        for module in (max_correlation, topk_kernels):
             stack.enter_context(mock.patch.object(module, "range", ends, create=True))
         stack.enter_context(suppress(_Launched))
         yield
@@ -180,7 +181,7 @@ class Sizes:
         self.probe = empty(probes, S, C, dtype=torch.bfloat16)
         self.index = empty(probes, neighbors, dtype=torch.int64)
         self.slots = N
-        self.edges = Edges(
+        self.inverted = InvertedIndex(
             *(empty(size, dtype=torch.int64) for size in (N, N + 1, probes * neighbors, probes * neighbors))
         )
         self.rnorm = empty(N, S)
@@ -202,22 +203,22 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
 @interpreted
 def test_forward_and_norms_of_two_million_classes(sizes: Sizes) -> None:
     order = empty(sizes.probes, dtype=torch.int64)
-    given = sizes.probe, sizes.table, sizes.index, order, sizes.edges, sizes.rnorm
+    given = sizes.probe, sizes.table, sizes.index, order, sizes.inverted, sizes.rnorm
     launched(lambda: max_correlation._launch_forward(*given, sizes.pooled, sizes.argmax), **sizes.values)
     sums, weight = empty(sizes.probes, sizes.neighbors), empty(2 * S)
     launched(lambda: max_correlation._launch_forward(*given, weight=weight, sums=sums), **sizes.values)
-    launched(lambda: max_correlation.inverse_norms(sizes.table, sizes.edges), **sizes.values)
+    launched(lambda: max_correlation.inverse_norms(sizes.table, sizes.inverted), **sizes.values)
 
 
 @interpreted
 def test_gradients_of_two_million_classes(sizes: Sizes) -> None:
     maps = sizes.rnorm, sizes.probe, sizes.table
     launched(
-        lambda: max_correlation.probe_gradient(sizes.pooled, sizes.argmax, *maps, sizes.index, sizes.edges),
+        lambda: max_correlation.probe_gradient(sizes.pooled, sizes.argmax, *maps, sizes.index, sizes.inverted),
         **sizes.values,
     )
     for compact in (False, True):
-        given = sizes.pooled, sizes.pooled, sizes.argmax, *maps, sizes.edges, compact
+        given = sizes.pooled, sizes.pooled, sizes.argmax, *maps, sizes.inverted, compact
         launched(lambda given=given: max_correlation.gallery_gradient(*given), **sizes.values)
 
 
@@ -227,7 +228,7 @@ def test_all_pairs_of_a_large_gallery() -> None:
     probe, gallery = empty(3368, 192, 64), empty(15_913, 192, 64)
     pooled, weight = empty(3368, 15_913, 384), empty(384)
     argmax = pooled.to(torch.uint8)
-    launched(lambda: max_correlation.forward(probe, gallery, None, None, None, True), p_scale=1)
+    launched(lambda: max_correlation.max_correlation(probe, gallery, None, None, None, True), p_scale=1)
     none = empty(0)
     launched(lambda: max_correlation._launch_forward(probe, gallery, None, None, None, none, pooled, argmax))
     over_s, sums = empty(3368, 15_913, 192), empty(3, 3368, 15_913)
@@ -245,33 +246,34 @@ def test_all_pairs_of_a_large_gallery() -> None:
 @interpreted
 @pytest.mark.parametrize("rows", [N, config.MAX_ROWS])
 def test_search_among_two_million_classes(rows: int) -> None:
-    """All steps in one round, and the last place in a list."""
-    dim, room, k = S * C, 3000, 256
-    table = Panel(empty(rows, dim, dtype=torch.bfloat16), empty(rows), 0)
-    lists = cosine_topk.Lists(rows, room, META)
-    queries = Panel(empty(4096, dim, dtype=torch.bfloat16), empty(4096), 0)
-    query_lists = cosine_topk.Lists(4096, room, META)
-    above = {f"p_{side}_bars": -(2**63) for side in ("row", "column")}
-    places = {f"p_{side}_counts": room - 1 for side in ("row", "column")}
+    """All steps in one round, and the last position in a buffer."""
+    dim, capacity, k = S * C, 3000, 256
+    table = Chunk(empty(rows, dim, dtype=torch.bfloat16), empty(rows), 0)
+    buffer = topk_kernels.CandidateBuffer(rows, capacity, META)
+    queries = Chunk(empty(4096, dim, dtype=torch.bfloat16), empty(4096), 0)
+    query_buffer = topk_kernels.CandidateBuffer(4096, capacity, META)
+    above = {f"p_{side}_thresholds": -(2**63) for side in ("row", "column")}
+    counts = {f"p_{side}_counts": capacity - 1 for side in ("row", "column")}
 
     def largest(*values: Any) -> int:  # of the steps that are planned, none before the first round, all there are
         return 2**31 if values[0] == 0 else max(*values)
 
-    with mock.patch.object(cosine_topk, "max", largest, create=True):
+    with mock.patch.object(topk_search, "max", largest, create=True):
         for tiling in config.cosine_topk(dim, 2)[:2]:
-            walk = cosine_topk.Walk(k, room, tiling, lists.entries[:, :k], lists.bars, None)
-            launched(lambda walk=walk: walk.rounds(table, table, lists, lists), **above, **places)
-            launched(lambda walk=walk: walk.rounds(queries, table, query_lists, None), **above, **places)
+            best = buffer.candidates[:, :k]
+            search = topk_search.TopKSearch(k, capacity, tiling, best, buffer.thresholds, None).search_tiles
+            launched(lambda search=search: search(table, table, buffer, buffer), **above, **counts)
+            launched(lambda search=search: search(queries, table, query_buffer, None), **above, **counts)
 
 
 @interpreted
-def test_selection_from_two_million_lists() -> None:
-    lists = cosine_topk.Lists(N, 4000, META)
-    lists.longest = 4000
-    counts = lists.counts.clone()
-    launched(lambda: lists.cut(256), p_counts=4000)
-    launched(lambda: lists.undo(256, counts), p_counts=4000)
-    launched(lambda: cosine_topk.ordered(empty(N, 256, dtype=torch.int64)))
+def test_selection_from_two_million_buffers() -> None:
+    buffer = topk_kernels.CandidateBuffer(N, 4000, META)
+    buffer.longest = 4000
+    counts = buffer.counts.clone()
+    launched(lambda: buffer.compact(256), p_counts=4000)
+    launched(lambda: buffer.rollback(256, counts), p_counts=4000)
+    launched(lambda: topk_kernels.sorted_topk(empty(N, 256, dtype=torch.int64)))
 
 
 @interpreted
@@ -299,9 +301,9 @@ def test_a_table_of_too_many_rows_is_refused() -> None:
 def test_maps_beyond_the_axes_of_a_launch_are_refused(locations: int, channels: int) -> None:
     maps = empty(1, locations, channels)
     with pytest.raises(ValueError, match=rf"{config.MAX_MAP_AXIS}.*got {locations} locations and {channels} channels"):
-        max_correlation.forward(maps, maps, None, None, None, False)
+        max_correlation.max_correlation(maps, maps, None, None, None, False)
     with pytest.raises(ValueError, match=rf"got {locations} locations and {channels} channels"):
-        max_correlation.pair_sums(maps, maps, None, None, None, False, empty(2 * locations))
+        max_correlation.pair_sums(maps, maps, None, None, False, empty(2 * locations))
     widest = config.correlation_backward(config.MAX_MAP_AXIS, config.MAX_MAP_AXIS, 4)
     for tiles in (each.tiles for each in widest):
         assert math.ceil(config.MAX_MAP_AXIS / tiles["BR"]) <= AXES[1]
@@ -311,16 +313,16 @@ def test_maps_beyond_the_axes_of_a_launch_are_refused(locations: int, channels: 
 def test_too_many_pairs_for_a_launch_are_refused() -> None:
     probe, gallery = empty(2**20, 1, 1, dtype=torch.float16), empty(2**17, 1, 1, dtype=torch.float16)
     with pytest.raises(ValueError, match=f"{2**20} probes with {2**17} of {2**17} gallery maps"):
-        max_correlation.pair_sums(probe, gallery, None, None, None, False, empty(2))
+        max_correlation.pair_sums(probe, gallery, None, None, False, empty(2))
 
 
-def test_a_long_list_is_put_in_order(device: torch.device) -> None:
+def test_a_long_list_is_sorted(device: torch.device) -> None:
     """Beyond what the kernel compares with all others: with equals, zeros of both signs as one, and infinities."""
-    k = cosine_topk.LONGEST + 5
+    k = topk_kernels.MAX_KERNEL_LIST + 5
     similarities = torch.randn(2, k, device=device).round(decimals=1)
     similarities[:, :3] = torch.tensor([torch.inf, -torch.inf, -0.0])
-    entries = cosine_topk._pack(similarities) ^ torch.arange(1, k + 1, device=device)
-    values, ids = cosine_topk.ordered(entries[:, torch.randperm(k, device=device)])
+    packed = candidates.pack(similarities, torch.arange(k, device=device))
+    values, ids = topk_kernels.sorted_topk(packed[:, torch.randperm(k, device=device)])
     expected, order = (similarities + 0.0).sort(dim=1, descending=True, stable=True)
     assert torch.equal(values, expected)
     assert torch.equal(ids, order)
@@ -394,5 +396,5 @@ def test_sortable_orders_floats_as_integers() -> None:
     assert min(wanted) > -(2**31), "nothing real is as low as padding"
     torch.testing.assert_close(back, values + 0.0, rtol=0, atol=0, equal_nan=True)
     assert not back[5:7].signbit().any()
-    packed = cosine_topk._pack(values[:12]) >> 32
-    assert packed.tolist() == wanted
+    assert torch.equal(candidates.sortable(values), keys)
+    torch.testing.assert_close(candidates.unsortable(keys), back, rtol=0, atol=0, equal_nan=True)

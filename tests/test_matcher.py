@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qaconv_triton import QAConv, cpu
+from qaconv_triton import QAConv
 from qaconv_triton import matcher as matcher_module
+from qaconv_triton.cpu import max_correlation as cpu
 
 # --- scores, statistics and gradients ---------------------------------------------------------------------------------
 
@@ -313,8 +314,8 @@ def test_statistics_do_not_depend_on_the_order_of_pairs() -> None:
 @pytest.mark.parametrize("block", [1, 100, 400])
 def test_tiling_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, kind: str, block: int) -> None:
     """The eager model sees all pairs at once; so do the batch norms of every tiling, and the gradients."""
-    monkeypatch.setattr(cpu, "BLOCK", block)
-    monkeypatch.setattr(cpu, "ENTRIES", block % 90)
+    monkeypatch.setattr(cpu, "MAX_CORRELATIONS", block)
+    monkeypatch.setattr(cpu, "MAX_TERMS", block % 90)
     monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * C * S * (block % 3))
     if kind == "gallery":
         inputs = gallery_inputs(torch.float64, occluded=True)

@@ -18,7 +18,8 @@ from tolerances import assert_gradients, assert_values
 from torch import Tensor
 from torch.nn import functional as F
 
-from qaconv_triton import cpu, functional, ops, reference
+from qaconv_triton import functional, ops, reference
+from qaconv_triton.cpu import max_correlation as cpu
 
 SIZES = {1: (1, 1), 6: (2, 3), 17: (17, 1), 49: (7, 7), 192: (24, 8), 196: (14, 14), 256: (16, 16)}
 SIZES |= {260: (20, 13), 1024: (32, 32)}
@@ -483,12 +484,12 @@ def test_gradients_come_channels_last(backend: str, device: torch.device) -> Non
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
 @pytest.mark.parametrize("with_group", [False, True])
 @pytest.mark.parametrize("block", [1, 100, 400, 3000])
-def test_cpu_blocks(
+def test_cpu_batches(
     block: int, with_group: bool, indexed: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the pairs are cut into blocks, nothing is lost or done twice."""
+    """However the pairs are cut into batches, nothing is lost or done twice."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
-    monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(cpu, "MAX_CORRELATIONS", block)
     lists = torch.tensor([[3, 1, 3, 0, 6, 2, 5], [5, 2, 0, 1, 1, 1, 6], [2, 2, 4, 2, 0, 3, 4]], device=device)
     group = torch.tensor([1, 0, 1, 2, 1, 1, 1, 0, 1], device=device)
     probe, gallery = make_probe(9, 5, (2, 4), device), make_maps(7, 5, (2, 4), device)

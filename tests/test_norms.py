@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qaconv_triton import QAConv, functional, ops, reference
-from qaconv_triton.kernels import norms
+from qaconv_triton.common import norms
 
 # of the longest and shortest vectors, and of those around the places where squares, cubes or products leave the range
 EXPONENTS = {

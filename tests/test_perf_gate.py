@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import checks, graph, measure, scores
+from bench import graph, measure, perf, scores
 from bench.matching import Case
 
 ROOT = Path(__file__).parents[1]
@@ -22,12 +22,12 @@ NAME = "pairs 5x7x16x3x2 match float32"
 # a plugin that leaves one small check, and floors of its own; {spoil} may spoil its result
 PLUGIN = """
 from pathlib import Path
-from bench import checks, scores
+from bench import perf, scores
 from bench.matching import Case
 
-checks.FLOORS = Path(__file__).with_name("floors.json")
-tiny = checks.Check("inference", "pairs", Case((5, 7, 16, 3, 2), ("match",), repeats=3), "match", scores.TUNED)
-checks.checks = lambda device: [tiny]
+perf.FLOORS = Path(__file__).with_name("floors.json")
+tiny = perf.Check("inference", "pairs", Case((5, 7, 16, 3, 2), ("match",), repeats=3), "match", scores.TUNED)
+perf.checks = lambda device: [tiny]
 {spoil}
 """
 SPOIL = "from bench import eager; eager.PAIRS, right = 4, eager._score; eager._score = lambda *a: 2 * right(*a)"
@@ -85,7 +85,7 @@ def test_the_gate_fails_below_its_floor_and_can_be_set(run: Any, tmp_path: Path)
     saved = run(*only_perf(storage, "--perf-gate-save"))
     assert saved.returncode == 0, saved.stdout + saved.stderr
     entry = json.loads((tmp_path / "floors.json").read_text())["cpu"][NAME]
-    assert entry["floor"] == pytest.approx(checks.SLACK * entry["ratio"], abs=0.01)
+    assert entry["floor"] == pytest.approx(perf.SLACK * entry["ratio"], abs=0.01)
     assert entry["baseline"] == scores.TUNED
     ungated = run(*only_perf(storage), floor=1e6)
     assert ungated.returncode == 0, ungated.stdout
@@ -128,25 +128,25 @@ def info(ratio: float, check: str = NAME) -> dict[str, Any]:
 
 
 def test_the_gate_compares_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "FLOORS", tmp_path / "floors.json")
-    assert "no ratio is committed for cpu" in checks.verdict(info(9.0), CPU)
-    checks.save_floors([info(2.0), info(3.0, "other")], CPU)
-    assert checks.floors(CPU) == {NAME: 1.6, "other": 2.4}
-    assert checks.verdict(info(1.6), CPU) == ""
-    assert checks.verdict(info(1.59), CPU) == f"{NAME}: 1.59 times as fast as eager, below the committed 1.60 of cpu"
-    assert checks.verdict(info(float("nan")), CPU) != ""
-    checks.save_floors([info(4.0)], CPU)
-    assert checks.floors(CPU) == {NAME: 3.2, "other": 2.4}
+    monkeypatch.setattr(perf, "FLOORS", tmp_path / "floors.json")
+    assert "no ratio is committed for cpu" in perf.verdict(info(9.0), CPU)
+    perf.save_floors([info(2.0), info(3.0, "other")], CPU)
+    assert perf.floors(CPU) == {NAME: 1.6, "other": 2.4}
+    assert perf.verdict(info(1.6), CPU) == ""
+    assert perf.verdict(info(1.59), CPU) == f"{NAME}: 1.59 times as fast as eager, below the committed 1.60 of cpu"
+    assert perf.verdict(info(float("nan")), CPU) != ""
+    perf.save_floors([info(4.0)], CPU)
+    assert perf.floors(CPU) == {NAME: 3.2, "other": 2.4}
 
 
 def test_every_check_of_a_cpu_has_a_committed_ratio() -> None:
-    assert set(checks.floors(CPU)) == {check.name for check in checks.checks(CPU)}
+    assert set(perf.floors(CPU)) == {check.name for check in perf.checks(CPU)}
 
 
 def test_the_groups_of_either_device() -> None:
     parts = {f"class path, {part}" for part in ("forward", "backward", "step")}
     for device in (CPU, torch.device("cuda")):
-        found = checks.checks(device)
+        found = perf.checks(device)
         assert {check.group for check in found} == {"graph", "all pairs", "inference", *parts}
         assert len({check.name for check in found}) == len(found)
         for check in found:
@@ -159,12 +159,12 @@ def test_the_groups_of_either_device() -> None:
 
 def test_the_clock_goes_on_by_what_a_call_took(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "stopwatch", lambda device: lambda function: function())
-    checks._watch.cache_clear()
-    clock = checks.Clock()
+    perf._watch.cache_clear()
+    clock = perf.Clock()
     clock.time(CPU, lambda: 2.5)
     clock.time(CPU, lambda: 0.25)
     assert clock() == 2.75
-    checks._watch.cache_clear()
+    perf._watch.cache_clear()
 
 
 def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +184,13 @@ def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     def provider(name: str) -> SimpleNamespace:
         return SimpleNamespace(function=lambda: calls.append(name), peak=lambda: 7, products=None)
 
-    monkeypatch.setattr(checks, "_watch", lambda device: lambda function: (function(), 3.0)[1])
-    prepared = checks.Prepared(provider("ours"), provider("theirs"), 1.0)  # type: ignore[arg-type]
-    monkeypatch.setattr(checks, "prepare", lambda check, device: prepared)
+    monkeypatch.setattr(perf, "_watch", lambda device: lambda function: (function(), 3.0)[1])
+    prepared = perf.Prepared(provider("ours"), provider("theirs"), 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(perf, "prepare", lambda check, device: prepared)
     case = Case((5, 7, 16, 3, 2), repeats=2)
     fixture = Fixture()
-    checks.run(checks.Check("inference", "pairs", case, "match", scores.TUNED), fixture, CPU)
-    assert calls == ["theirs", "ours"] * (2 + checks.WARM_UP)
+    perf.run(perf.Check("inference", "pairs", case, "match", scores.TUNED), fixture, CPU)
+    assert calls == ["theirs", "ours"] * (2 + perf.WARM_UP)
     assert fixture.extra_info["ratio"] == (3.0 / 0.5 + 3.0 / 2.0) / 2
     assert fixture.extra_info["baseline_median_s"] == 3.0
     assert fixture.extra_info["peak_bytes"] == 7

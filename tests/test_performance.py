@@ -1,4 +1,4 @@
-"""The perf checks of bench/checks.py: `pytest --benchmark` runs them, and them alone; without it they are skipped."""
+"""The perf checks of bench/perf.py: `pytest --benchmark` runs them, and them alone; without it they are skipped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import checks
+from bench import perf
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -15,13 +15,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize(
     "check",
     [
-        pytest.param(check, id=check.name, marks=pytest.mark.benchmark(group=check.group, timer=checks.clock))
-        for check in checks.checks(DEVICE)
+        pytest.param(check, id=check.name, marks=pytest.mark.benchmark(group=check.group, timer=perf.clock))
+        for check in perf.checks(DEVICE)
     ],
 )
-def test_performance(check: checks.Check, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    checks.run(check, benchmark, DEVICE)
+def test_performance(check: perf.Check, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    perf.run(check, benchmark, DEVICE)
     if request.config.getoption("--perf-gate"):
         assert benchmark.extra_info, "pytest-benchmark is disabled: there is no time to judge"
-        wrong = checks.verdict(benchmark.extra_info, DEVICE)
+        wrong = perf.verdict(benchmark.extra_info, DEVICE)
         assert not wrong, wrong

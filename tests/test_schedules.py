@@ -22,7 +22,7 @@ from tolerances import assert_values
 from torch.nn import functional as F
 
 from qaconv_triton import QAConv, functional, ops, reference
-from qaconv_triton.kernels import config, cosine_topk
+from qaconv_triton.kernels import config, topk_kernels, topk_search
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -48,7 +48,7 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         tiles = {"BM": 16, "BN": 16, "BD": 16, "GROUP": 2}
         monkeypatch.setattr(config, "cosine_topk", lambda *_: [config.Config(tiles, num_warps=4, num_stages=1)])
-        monkeypatch.setattr(cosine_topk, "FILL", 4.0)  # of the room in lists: rounds are planned that overflow
+        monkeypatch.setattr(topk_search, "TARGET_FILL", 4.0)  # of the capacity: rounds are planned that overflow
         monkeypatch.setattr(config, "select", lambda length: config.Config({"BM": 32, "BL": length}, 4, 1))
         monkeypatch.setattr(config, "order", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
         monkeypatch.setattr(config, "LARGEST_TILE", 16)
@@ -92,7 +92,7 @@ def class_graph() -> list[Tensor]:
 
 
 def gallery_search() -> list[Tensor]:
-    """The nearest keys come last, all at once: lists overflow, and a round is undone."""
+    """The nearest keys come last, all at once: buffers overflow, and a round is rolled back."""
     queries = torch.tensor([1.0, 0.0, 0.0], device=DEVICE) + 0.01 * torch.randn(16, 3, device=DEVICE)
     keys = torch.randn(192, 3, device=DEVICE)
     keys = keys[(keys[:, 0] / keys.norm(dim=1)).argsort()]
@@ -138,12 +138,14 @@ def test_no_program_stores_what_another_one_accesses(case: str) -> None:
 
 @interpreted
 def test_a_list_that_overflows_is_searched_again_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the cases above has lists that overflow: their rounds are undone, in interleaved runs as well."""
-    undone = []
-    undo = cosine_topk.Lists.undo
-    monkeypatch.setattr(cosine_topk.Lists, "undo", lambda *args: undone.append(args[1]) or undo(*args))
+    """One of the cases above has buffers that overflow: their rounds are rolled back, in interleaved runs as well."""
+    rolled_back = []
+    rollback = topk_kernels.CandidateBuffer.rollback
+    monkeypatch.setattr(
+        topk_kernels.CandidateBuffer, "rollback", lambda *args: rolled_back.append(args[1]) or rollback(*args)
+    )
     results("gallery search", schedules.interleaved(3))
-    assert undone
+    assert rolled_back
 
 
 # --- the machinery sees what it is there to see

@@ -33,14 +33,14 @@ SHARED_LIMIT = {
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
 LAUNCHES = 69
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
-OTHERS = {"_norms_kernel", "_select_kernel", "_order_kernel"}  # no products
+OTHERS = {"_norms_kernel", "_select_kernel", "_sort_kernel"}  # no products
 # memory that threads of a program pass to each other
 HANDED_OVER = {
     "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs match C=512 S=192": {"p_pooled"},
-    "selection of": {"p_lists", "p_counts", "p_bars"},
-    "replay of": {"p_counts", "p_bars"},
+    "compaction of": {"p_buffers", "p_counts", "p_thresholds"},
+    "rollback of": {"p_counts", "p_thresholds"},
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
 # to launches that work only where a norm is out of the range
@@ -136,7 +136,7 @@ def test_forward_and_search_load_sixteen_bytes_at_a_time(shipped: Reports, produ
 
 
 def test_threads_pass_memory_to_each_other_behind_a_barrier_only(shipped: Reports, arch: str) -> None:
-    """Lists that are compacted in place, maxima and sums over blocks of locations: on every path through the PTX."""
+    """Buffers that are compacted in place, maxima and sums over blocks of locations: on every path through the PTX."""
     for each in shipped:
         expected = next((names for case, names in HANDED_OVER.items() if each.case.startswith(case)), set())
         if arch != "gfx942":
@@ -188,7 +188,7 @@ def test_a_new_batch_size_compiles_nothing() -> None:
 
     Sizes are 1, multiples of 16, and neither, which Triton tells apart where it specialises integers.
 
-    Lists are selected from, and put in order, in powers of two (BL and BK), so that short ones cost little: a K in the
+    Buffers are selected from, and sorted, in powers of two (BL and BK), so that short ones cost little: a K in the
     next power of two is compiled for. Of these kernels, launches of one length each are compared.
     """
     keys = run("--keys")

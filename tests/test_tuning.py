@@ -45,7 +45,7 @@ def table(locations: int) -> list[Config]:
 
 
 class Launches:
-    """Stands in for a kernel's launch: notes what it is launched with, and spills or finds no room as told."""
+    """Stands in for a kernel's launch: notes what it is launched with, and spills or finds no memory as told."""
 
     def __init__(self, spills: dict[int, int] | None = None, too_large: tuple[int, ...] = ()) -> None:
         self.calls: list[int] = []
@@ -60,7 +60,7 @@ class Launches:
 
 
 def choose(launches: Launches, operations: float = 1e15, variant: str = "tf32") -> int:
-    return CONFIGS.index(tuning.choose(table, (49,), variant, operations, launches))
+    return CONFIGS.index(tuning.select_config(table, (49,), variant, operations, launches))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def tunable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.use_deterministic_algorithms(False)
     monkeypatch.setenv(tuning.TUNE_VARIABLE, "1")
     monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "selected", {})
     monkeypatch.setattr(tuning, "_milliseconds", lambda run: 10.0 - run.args[0].tiles["BC"])
     return tmp_path
 
@@ -100,7 +100,7 @@ def test_a_shape_class_holds_models_not_batches() -> None:
 def test_the_fastest_is_chosen_once(tunable: Path) -> None:
     launches = Launches()
     assert choose(launches) == 3
-    assert launches.calls == [0, 1, 2, 3]  # the contest's clock is made up here
+    assert launches.calls == [0, 1, 2, 3]  # the benchmark's clock is made up here
     assert choose(launches) == 3
     assert len(launches.calls) == 4
     assert choose(launches, variant="tf32x3") == 3  # another kernel
@@ -109,7 +109,7 @@ def test_the_fastest_is_chosen_once(tunable: Path) -> None:
 
 def test_small_launches_take_what_is_shipped(tunable: Path) -> None:
     launches = Launches()
-    assert choose(launches, operations=tuning.WORTH / 2) == 0
+    assert choose(launches, operations=tuning.MIN_TUNED_FLOPS / 2) == 0
     assert launches.calls == []
     assert list(tunable.iterdir()) == []
 
@@ -138,10 +138,10 @@ def test_the_interpreter_tunes_only_when_told(tunable: Path, monkeypatch: pytest
 
 
 def test_what_spills_or_finds_no_room_takes_no_part(tunable: Path) -> None:
-    assert tuning.contest(CONFIGS, Launches({3: 64})) == ({0: 9.0, 1: 8.0, 2: 6.0}, True)
-    assert tuning.contest(CONFIGS, Launches({2: 8}, too_large=(3,))) == ({0: 9.0, 1: 8.0}, True)
+    assert tuning.benchmark_configs(CONFIGS, Launches({3: 64})) == ({0: 9.0, 1: 8.0, 2: 6.0}, True)
+    assert tuning.benchmark_configs(CONFIGS, Launches({2: 8}, too_large=(3,))) == ({0: 9.0, 1: 8.0}, True)
     every = dict.fromkeys(range(4), 8)
-    assert set(tuning.contest(CONFIGS, Launches(every))[0]) == {0, 1, 2, 3}  # all spill: the clock decides
+    assert set(tuning.benchmark_configs(CONFIGS, Launches(every))[0]) == {0, 1, 2, 3}  # all spill: the clock decides
 
 
 def test_no_failing_trial_ends_the_caller(tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_no_failing_trial_ends_the_caller(tunable: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("256 MB"), RuntimeError("Triton Error [CUDA]: out of memory")]
 )
-def test_a_contest_that_lacked_memory_is_not_kept(
+def test_a_benchmark_that_lacked_memory_is_not_kept(
     error: Exception, where: str, tunable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fastest finds no memory today; another process may have more."""
@@ -178,7 +178,7 @@ def test_a_contest_that_lacked_memory_is_not_kept(
         return SimpleNamespace(n_spills=0)
 
     monkeypatch.setattr(tuning, "_milliseconds", short)
-    assert tuning.choose(table, (49,), "", 1e15, launch) == CONFIGS[2]
+    assert tuning.select_config(table, (49,), "", 1e15, launch) == CONFIGS[2]
     assert list(tunable.iterdir()) == []
 
 
@@ -197,10 +197,10 @@ def test_without_memory_to_tune_the_shipped_one_runs(
 def test_a_choice_on_disk_that_no_longer_launches_is_replaced(tunable: Path) -> None:
     assert choose(Launches()) == 3
     (path,) = tunable.iterdir()
-    tuning.chosen.clear()
+    tuning.selected.clear()
     assert choose(Launches(too_large=(3,))) == 2
     assert json.loads(path.read_text())["best"] == 2
-    tuning.chosen.clear()
+    tuning.selected.clear()
     assert choose(Launches(too_large=(0, 1, 2, 3))) == 0
     assert json.loads(path.read_text())["best"] == 2
 
@@ -213,12 +213,12 @@ def test_choices_outlive_the_process(tunable: Path, monkeypatch: pytest.MonkeyPa
     kept = json.loads(path.read_text())
     assert kept["best"] == 3
     assert kept["milliseconds"] == {"0": 9.0, "1": 8.0, "2": 6.0, "3": 2.0}
-    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "selected", {})
     launches = Launches()
     assert choose(launches) == 3
     assert launches.calls == [3]  # does it launch here?
     launches.calls.clear()
-    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "selected", {})
     monkeypatch.setattr(tuning, "_device_name", lambda: "another GPU")
     assert choose(launches) == 3
     assert launches.calls == [0, 1, 2, 3]
@@ -230,7 +230,7 @@ def test_the_first_of_several_processes_decides(tunable: Path, monkeypatch: pyte
     (path,) = tunable.iterdir()
     content = json.loads(path.read_text())
     path.unlink()
-    monkeypatch.setattr(tuning, "chosen", {})
+    monkeypatch.setattr(tuning, "selected", {})
 
     def meanwhile(run: Callable[[], object]) -> float:
         path.write_text(json.dumps(content | {"best": 1}))
@@ -259,9 +259,9 @@ def unusable(path: Path, kind: str) -> None:
     elif kind == "sparse":
         with path.open("wb") as file:
             file.truncate(2**40)
-    elif kind == "another question":
+    elif kind == "another key":
         path.write_text(json.dumps(content | {"shape": [192], "best": 1}))
-    elif kind == "no question":
+    elif kind == "no key":
         path.write_text('{"best": 1}')
     elif kind.startswith("best"):
         path.write_text(json.dumps(content | {"best": json.loads(kind.removeprefix("best "))}))
@@ -270,7 +270,7 @@ def unusable(path: Path, kind: str) -> None:
 
 
 KINDS = ["", "[]", "{}", "bytes", "nested", "1" + "0" * 5000, "best -1", "best 4", "best true", "best 1.0", 'best "1"']
-KINDS += ["best null", "another question", "no question", "fifo", "endless", "dangling link", "link", "sparse"]
+KINDS += ["best null", "another key", "no key", "fifo", "endless", "dangling link", "link", "sparse"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,7 +283,7 @@ def test_whatever_lies_in_the_place_of_a_choice_is_told_and_replaced(
     (path,) = cache.iterdir()
     whole = path.read_text()
     unusable(path, kind)
-    tuning.chosen.clear()
+    tuning.selected.clear()
     with caplog.at_level(logging.WARNING):
         assert choose(Launches()) == 3
     assert str(path) in caplog.text
@@ -299,7 +299,7 @@ def test_a_folder_in_the_place_of_a_choice_is_left(tunable: Path, caplog: pytest
     (path,) = tunable.iterdir()
     path.unlink()
     path.mkdir()
-    tuning.chosen.clear()
+    tuning.selected.clear()
     assert choose(Launches()) == 3
     assert "for this process only" in caplog.text
     assert list(tunable.iterdir()) == [path]
@@ -316,7 +316,7 @@ def test_nothing_that_lies_in_the_cache_is_written_through(tunable: Path, monkey
     path.unlink()
     for name in (path.with_suffix(f".{os.getpid()}"), cache / f"{tuning.PREFIX}{tuning.SUFFIX}"):
         name.symlink_to(precious)
-    tuning.chosen.clear()
+    tuning.selected.clear()
     assert choose(Launches()) == 3
     assert precious.read_text() == "kept"
     assert json.loads(path.read_text())["best"] == 3
@@ -330,16 +330,16 @@ def test_processes_of_the_same_id_do_not_mix_their_files(tunable: Path, monkeypa
         real(content | {"best": 1}, file, **options)
         if not inner:
             inner.append(True)
-            tuning._publish(path, question, {0: 1.0, 1: 1.0, 2: 0.5}, 2)
+            tuning._publish(path, cache_key, {0: 1.0, 1: 1.0, 2: 0.5}, 2)
 
     assert choose(Launches()) == 3
     (path,) = tunable.iterdir()
-    question = {
+    cache_key = {
         name: value for name, value in json.loads(path.read_text()).items() if name not in ("milliseconds", "best")
     }
     path.unlink()
     monkeypatch.setattr(json, "dump", meanwhile)
-    tuning._publish(path, question, {0: 1.0, 1: 0.5}, 1)
+    tuning._publish(path, cache_key, {0: 1.0, 1: 0.5}, 1)
     assert inner
     assert json.loads(path.read_text())["best"] == 1
     assert list(tunable.iterdir()) == [path]
@@ -469,7 +469,7 @@ def test_tuned_matching_is_right(
 ) -> None:
     """Every configuration runs on the real buffers, one after the other: what is left in them is right."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
-    monkeypatch.setattr(tuning, "WORTH", 0.0)
+    monkeypatch.setattr(tuning, "MIN_TUNED_FLOPS", 0.0)
     tried = []
     monkeypatch.setattr(tuning, "_milliseconds", lambda run: (run(), tried.append(run.args[0]), -float(len(tried)))[-1])
     size = (5, 4)
@@ -483,10 +483,10 @@ def test_tuned_matching_is_right(
     found = torch.autograd.grad(pooled, (probe, gallery), upstream)
     for got, expected in zip(found, torch.autograd.grad(true, wide, upstream.double()), strict=True):
         assert_gradients(got, expected, torch.float32)
-    assert {name for name, *_ in tuning.chosen} == {"correlation_forward", "correlation_backward"}
-    assert len(tuning.chosen) == 3  # one for each gradient
+    assert {name for name, *_ in tuning.selected} == {"correlation_forward", "correlation_backward"}
+    assert len(tuning.selected) == 3  # one for each gradient
     shipped = [config.correlation_forward(20, 40, 4, 4)[0], config.correlation_backward(20, 40, 4)[0]]
-    assert not set(map(str, tuning.chosen.values())) & set(map(str, shipped))  # the last to be tried has won
+    assert not set(map(str, tuning.selected.values())) & set(map(str, shipped))  # the last to be tried has won
 
 
 @pytest.mark.parametrize("same", [False, True])
@@ -499,8 +499,8 @@ def test_a_tuned_search_is_right(
     if same:  # two searches: few configurations
         every = config.cosine_topk
         monkeypatch.setattr(config, "cosine_topk", functools.wraps(every)(lambda *shape: every(*shape)[:2]))
-    monkeypatch.setattr(tuning, "WORTH", 0.0)
-    monkeypatch.setattr(cosine_topk, "FEW", 0)
+    monkeypatch.setattr(tuning, "MIN_TUNED_FLOPS", 0.0)
+    monkeypatch.setattr(cosine_topk, "MIN_TRIAL_ROWS", 0)
     tried = []
     monkeypatch.setattr(tuning, "_milliseconds", lambda run: (run(), tried.append(run.args[0]), -float(len(tried)))[-1])
     if same:
@@ -509,8 +509,8 @@ def test_a_tuned_search_is_right(
         found = functional.topk_cosine(embeddings, keys, 7)
     assert workloads.wrong_neighbors(embeddings.cpu(), keys.cpu(), *found, exclude_self=same) == ""
     assert len(tried) == (2 * 2 if same else len(config.cosine_topk(16, 4)))
-    variants = {variant.split()[-1] for _, _, variant, _ in tuning.chosen}
-    assert variants == ({"within", "among"} if same else {"among"})  # a graph's first bars come from a sample
+    variants = {variant.split()[-1] for _, _, variant, _ in tuning.selected}
+    assert variants == ({"self", "cross"} if same else {"cross"})  # a graph's first thresholds come from a sample
 
 
 def test_keys_part_kernels_and_hold_no_batch_size(
@@ -519,11 +519,11 @@ def test_keys_part_kernels_and_hold_no_batch_size(
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
     seen: set[tuple[object, ...]] = set()
 
-    def choose(row: tuning.Table, shape: tuple[int, ...], variant: str, operations: float, run: object) -> Config:
+    def choose(row: tuning.ListConfigs, shape: tuple[int, ...], variant: str, operations: float, run: object) -> Config:
         seen.add((row.__name__, shape, variant))
         return row(*shape)[0]
 
-    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(tuning, "select_config", choose)
 
     def keys(
         probe: torch.dtype, gallery: torch.dtype, batch: int, count: int, k: int | None
@@ -566,7 +566,7 @@ def test_the_warm_up_runs_everything_and_reports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "home", "said"),
     [
-        ("0", True, "(QACONV_TRITON_TUNE='0'): kernels run as shipped"),
+        ("0", True, "(QACONV_TRITON_TUNE='0'): kernels run with the defaults"),
         ("1", True, "Choices are kept in /somewhere."),
         ("1", False, "for this process only: no home directory"),
     ],
@@ -576,7 +576,7 @@ def test_the_warm_up_says_what_is_kept(
 ) -> None:
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(tuning, "INTERPRETED", True)
-    monkeypatch.setattr(tuning, "chosen", {("table", (49,), "tf32", 0): CONFIGS[1]})
+    monkeypatch.setattr(tuning, "selected", {("table", (49,), "tf32", 0): CONFIGS[1]})
     monkeypatch.setattr(tuning, "cache_directory", lambda: Path("/somewhere") if home else None)
     monkeypatch.setattr(warmup, "_steps", lambda options, device: iter([("step", lambda: None)]))
     monkeypatch.setattr(warmup.ops, "uses_triton", lambda device, dtype: True)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import accumulation_dtype
+
 
 class Range(NamedTuple):
     """What a dtype holds. `safe`: norms from 1 / safe to safe can be squared, and multiplied with each other.
@@ -27,17 +29,26 @@ class Range(NamedTuple):
 RANGES = {torch.float32: Range(2.0**50, 2.0**48, 126), torch.float64: Range(2.0**400, 2.0**360, 1022)}
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def power_of_two(vectors: Tensor) -> Tensor:
     """A power of two for each of `vectors [..., C]`, `[..., 1]`, that brings its largest value near 1."""
     largest = vectors.detach().abs().amax(-1, keepdim=True)
     largest = largest.to(accumulation_dtype(vectors.dtype))
     bound = RANGES[largest.dtype].exponent
     return torch.exp2(-torch.frexp(largest).exponent.clamp(-bound, bound).to(largest.dtype))
+
+
+def inverse_norm(scaled: Tensor) -> Tensor:
+    """`1 / |v|`, `[..., 1]`, of vectors `[..., C]` whose largest values are near 1; zero for zero, NaN for NaN."""
+    squares = scaled.square().sum(-1, keepdim=True)
+    is_zero = squares == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares).rsqrt())
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scale `vectors [..., C]` to unit length; a zero vector stays zero and gets a zero gradient."""
+    scaled = vectors * power_of_two(vectors)
+    found: Tensor = scaled * inverse_norm(scaled)
+    return found
 
 
 def inverse_norms(vectors: Tensor) -> Tensor:
@@ -48,7 +59,7 @@ def inverse_norms(vectors: Tensor) -> Tensor:
     dtype = accumulation_dtype(vectors.dtype)
     safe, shift, _ = RANGES[dtype]
     norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
-    inverse = norm.reciprocal()
+    inverse: Tensor = norm.reciprocal()
     outside = (norm < 1 / safe) | (norm > safe)  # zero vectors among them
     if outside.any():
         unsafe = vectors[outside].to(dtype)

@@ -1,4 +1,4 @@
-"""The inverse list against a dictionary of lists."""
+"""The inverted index against a dictionary of lists."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qaconv_triton.kernels.edges import Edges, inverse_list, packed_size
+from qaconv_triton.common.inverted_index import InvertedIndex, inverted_index, packed_size
 
 
-def check(index: torch.Tensor, num_classes: int) -> Edges:
-    """Every invariant of `Edges`, and the same content as the naive dictionary."""
+def check(index: torch.Tensor, num_classes: int) -> InvertedIndex:
+    """Every invariant of `InvertedIndex`, and the same content as the naive dictionary."""
     naive: dict[int, list[int]] = {}
     for position, class_id in enumerate(index.flatten().tolist()):
         if class_id >= 0:
             naive.setdefault(class_id, []).append(position)
 
-    edges = inverse_list(index, num_classes)
+    found = inverted_index(index, num_classes)
     slots = min(index.numel(), num_classes)
-    assert edges.classes.shape == (slots,)
-    assert edges.offsets.shape == (slots + 1,)
-    assert edges.pairs.shape == (index.numel(),)
-    assert all(part.dtype == torch.int64 and part.device == index.device for part in edges)
-    assert len(edges.packed()) == packed_size(index.numel(), num_classes)
-    assert all(map(torch.equal, Edges.unpacked(edges.packed(), index.numel()), edges))
-    classes, offsets, pairs, of_pairs = (part.tolist() for part in edges)
+    assert found.classes.shape == (slots,)
+    assert found.indptr.shape == (slots + 1,)
+    assert found.pairs.shape == (index.numel(),)
+    assert all(part.dtype == torch.int64 and part.device == index.device for part in found)
+    assert len(found.packed()) == packed_size(index.numel(), num_classes)
+    assert all(map(torch.equal, InvertedIndex.unpacked(found.packed(), index.numel()), found))
+    classes, offsets, pairs, of_pairs = (part.tolist() for part in found)
     assert [classes[slot] if slot >= 0 else -1 for slot in of_pairs] == index.flatten().clamp(min=-1).tolist()
     assert classes == sorted(naive) + [-1] * (slots - len(naive))
     assert offsets[0] == 0
     for slot, class_id in enumerate(classes):
         assert pairs[offsets[slot] : offsets[slot + 1]] == naive.get(class_id, [])
     assert sorted(pairs) == list(range(index.numel()))
-    return edges
+    return found
 
 
 @pytest.mark.parametrize(
@@ -57,25 +57,25 @@ def test_examples(index: list[list[int]], num_classes: int, device: torch.device
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
 @pytest.mark.parametrize("num_classes", [0, 1, 5])
 def test_empty(shape: tuple[int, int], num_classes: int, device: torch.device) -> None:
-    edges = check(torch.zeros(shape, dtype=torch.int64, device=device), num_classes)
-    assert edges.classes.numel() == 0
-    assert edges.offsets.tolist() == [0]
+    found = check(torch.zeros(shape, dtype=torch.int64, device=device), num_classes)
+    assert found.classes.numel() == 0
+    assert found.indptr.tolist() == [0]
 
 
 def test_pairs_of_a_class_rise(device: torch.device) -> None:
     """The order of every sum over them depends on nothing but the input."""
-    edges = inverse_list(torch.randint(3, (200, 50), device=device), 3)
+    found = inverted_index(torch.randint(3, (200, 50), device=device), 3)
     for slot in range(3):
-        pairs = edges.pairs[edges.offsets[slot] : edges.offsets[slot + 1]]
+        pairs = found.pairs[found.indptr[slot] : found.indptr[slot + 1]]
         assert pairs.numel() > 3000
         assert (pairs.diff() > 0).all()
 
 
 def test_any_memory_layout(device: torch.device) -> None:
     index = torch.randint(-1, 6, (5, 8), device=device)
-    expected = inverse_list(index, 6)
+    expected = inverted_index(index, 6)
     for laid_out in (index.mT.contiguous().mT, index.repeat_interleave(2, 1)[:, ::2]):
-        assert all(map(torch.equal, inverse_list(laid_out, 6), expected))
+        assert all(map(torch.equal, inverted_index(laid_out, 6), expected))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,289 @@
+"""Kernels of top-k by cosine, and their launches: append, select, sort. README.md has the derivation.
+
+One program multiplies a tile of rows with a tile of columns, and appends what exceeds a row's threshold to the row's
+candidate buffer; within one table every unordered pair of tiles is multiplied once, and what exceeds a column's
+threshold is appended to the column's buffer as well. Candidates are packed as in `common/candidates.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import candidates as packing
+from . import config
+from .tiles import dot, sortable, unsortable
+
+EMPTY = tl.constexpr(packing.EMPTY)
+HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
+LAST_ID = tl.constexpr(packing.LAST_ID)
+MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
+TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
+
+
+@triton.jit
+def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
+    return tl.split(tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, m_candidate, capacity):
+    """Append to the buffers of `o_row`, which broadcasts to the shape of `b_key`, what exceeds their thresholds."""
+    b_candidate = (b_key.to(tl.int64) << 32) | ((b_id.to(tl.int64) + 1) ^ LAST_ID)
+    above = (b_candidate > b_thresholds) & m_candidate
+    b_position = tl.atomic_add(p_counts + o_row + tl.zeros_like(b_key), 1, mask=above, sem="relaxed")
+    tl.store(p_buffers + o_row.to(tl.int64) * capacity + b_position, b_candidate, mask=above & (b_position < capacity))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "capacity", "first_row", "first_column", "first_step", "steps", "is_same_chunk",
+    ]
+)  # fmt: skip
+def _append_kernel(
+    p_rows,  # [rows, D]
+    p_columns,  # [columns, D]
+    p_rnorm_rows,  # [rows] fp32
+    p_rnorm_columns,  # [columns] fp32
+    p_row_buffers,  # [rows, capacity] int64
+    p_row_counts,  # [rows] int32, beyond `capacity` where more was found
+    p_row_thresholds,  # [rows] int64
+    p_column_buffers,  # [columns, capacity] int64, and so on: the rows' own where the chunk is the same
+    p_column_counts,
+    p_column_thresholds,
+    rows,
+    columns,
+    D,
+    capacity,
+    first_row,  # the id of row 0
+    first_column,
+    first_step,
+    steps,
+    is_same_chunk,
+    MIRROR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tl.static_assert(BN % BM == 0)
+    # GROUP row tiles and all their steps come first: neighbours in time share rows and columns in the cache.
+    i_program = tl.program_id(0)
+    first_m = i_program // (GROUP * steps) * GROUP
+    group = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP)
+    i_m = first_m + i_program % (GROUP * steps) % group
+    step = first_step + i_program % (GROUP * steps) // group
+    blocks = tl.cdiv(columns, BN)
+    i_block = i_m * BM // BN
+    if is_same_chunk & (2 * step == blocks) & (2 * i_block >= blocks):
+        return  # seen from its other end
+    o_row = i_m * BM + tl.arange(0, BM)
+    o_column = (i_block + step) % blocks * BN + tl.arange(0, BN)
+    m_row = o_row < rows
+    m_column = o_column < columns
+    p_row = p_rows + o_row[:, None].to(tl.int64) * D
+    p_column = p_columns + o_column[None, :].to(tl.int64) * D
+    b_dot = tl.zeros([BM, BN], tl.float32)
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        m_d = o_d < D
+        b_rows = tl.load(p_row + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        b_columns = tl.load(p_column + o_d[:, None], mask=m_column[None, :] & m_d[:, None], other=0.0)
+        # [BM, BD] @ [BD, BN] -> [BM, BN]
+        b_dot = dot(b_rows, b_columns, b_dot, PRECISION)
+
+    b_rnorm_row = tl.load(p_rnorm_rows + o_row, mask=m_row, other=0.0)
+    b_row_thresholds = tl.load(p_row_thresholds + o_row, mask=m_row, other=0)
+    is_mirrored = (is_same_chunk == 0) | (step > 0)
+    # In parts of 16 columns, so that candidates and positions stay in registers.
+    PARTS: tl.constexpr = BN // 16
+    b_parts = (b_dot,)
+    for _ in tl.static_range(PARTS.bit_length() - 1):
+        b_halves = ()
+        for i_part in tl.static_range(len(b_parts)):
+            b_halves = b_halves + _halves(b_parts[i_part])
+        b_parts = b_halves
+    for i_part in tl.static_range(PARTS):
+        b_part = b_parts[i_part]  # [BM, 16]
+        o_c = (i_block + step) % blocks * BN + i_part * 16 + tl.arange(0, 16)
+        m_c = o_c < columns
+        b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
+        # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
+        b_key = sortable(b_part * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
+        b_row_id, b_column_id = first_row + o_row[:, None], first_column + o_c[None, :]
+        m_candidate = m_row[:, None] & m_c[None, :]
+        if MIRROR:
+            m_candidate = m_candidate & (b_row_id != b_column_id)
+        _append(
+            p_row_buffers,
+            p_row_counts,
+            b_row_thresholds[:, None],
+            o_row[:, None],
+            b_key,
+            b_column_id,
+            m_candidate,
+            capacity,
+        )
+        if MIRROR:
+            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c, other=0)
+            m_candidate = m_candidate & is_mirrored
+            _append(
+                p_column_buffers,
+                p_column_counts,
+                b_thresholds[None, :],
+                o_c[None, :],
+                b_key,
+                b_row_id,
+                m_candidate,
+                capacity,
+            )
+
+
+@triton.jit(do_not_specialize=["rows", "capacity", "k"])
+def _select_kernel(
+    p_buffers,  # [rows, capacity] int64
+    p_counts,  # [rows] int32
+    p_thresholds,  # [rows] int64
+    p_saved_counts,  # [rows] int32: with ROLLBACK, the counts to return to
+    rows,
+    capacity,
+    k,
+    ROLLBACK: tl.constexpr,
+    BM: tl.constexpr,
+    BL: tl.constexpr,
+):
+    """Compact buffers to their k best, in no order, and raise thresholds to the last of these; ROLLBACK: only raise."""
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_l = tl.arange(0, BL)
+    m_row = o_row < rows
+    b_count = tl.load(p_counts + o_row, mask=m_row, other=0)
+    p_buffer = p_buffers + o_row[:, None].to(tl.int64) * capacity
+    m_candidate = m_row[:, None] & (o_l[None, :] < tl.minimum(b_count, capacity)[:, None])
+    b_candidate = tl.load(p_buffer + o_l[None, :], mask=m_candidate, other=EMPTY)
+    b_threshold = tl.load(p_thresholds + o_row, mask=m_row, other=0)
+    if ROLLBACK:
+        b_saved = tl.load(p_saved_counts + o_row, mask=m_row, other=0)
+    tl.debug_barrier()  # below, candidates, counts and thresholds are replaced: every thread has read them before
+    # Halve [low, high) until k candidates reach low, or it holds one number only; fewer than k reach high.
+    b_low = tl.full([BM], EMPTY, tl.int64)
+    b_high = tl.max(b_candidate, axis=1) + 1
+    searching = m_row & (b_count > k)
+    while tl.max(searching.to(tl.int32), axis=0) > 0:
+        b_middle = (b_low & b_high) + ((b_low ^ b_high) >> 1)
+        b_reach = tl.sum((b_candidate >= b_middle[:, None]).to(tl.int32), axis=1)
+        b_low = tl.where(searching & (b_reach >= k), b_middle, b_low)
+        b_high = tl.where(searching & (b_reach < k), b_middle, b_high)
+        searching = searching & (b_reach != k) & (b_low + 1 < b_high)
+    m_keep = m_candidate & (b_candidate >= b_low[:, None])
+    b_last = tl.min(tl.where(m_keep, b_candidate, HIGHEST_CANDIDATE), axis=1)
+    if ROLLBACK:  # the k-th found so far is yet to be kept: the threshold stays below it
+        b_raised = tl.maximum(b_threshold, b_last - 1)
+        tl.store(p_thresholds + o_row, tl.where(b_count < k, b_threshold, b_raised), mask=m_row)
+        tl.store(p_counts + o_row, b_saved, mask=m_row)
+    else:
+        b_raised = tl.maximum(b_threshold, b_last)
+        tl.store(p_thresholds + o_row, tl.where(b_count < k, b_threshold, b_raised), mask=m_row)
+        tl.store(p_counts + o_row, tl.minimum(b_count, k), mask=m_row)
+        b_position = tl.cumsum(m_keep.to(tl.int32), axis=1) - 1
+        tl.store(p_buffer + b_position, b_candidate, mask=m_keep)
+
+
+@triton.jit(do_not_specialize=["rows", "k"])
+def _sort_kernel(
+    p_candidates,  # [rows, k] int64
+    p_similarities,  # [rows, k] fp32
+    p_ids,  # [rows, k] int64
+    rows,
+    k,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Sort candidates, descending, and unpack them: all differ, so a position is the number of larger ones."""
+    o_row = tl.program_id(0) * BM + tl.arange(0, BM)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    m_row = (o_row < rows)[:, None]
+    m_candidate = m_row & (o_k[None, :] < k)
+    p_row = p_candidates + o_row[:, None].to(tl.int64) * k
+    b_candidate = tl.load(p_row + o_k[None, :], mask=m_candidate, other=EMPTY)
+    b_position = tl.zeros([BM, BK], tl.int32)
+    for i_k in range(0, k, BK):
+        o_j = i_k + tl.arange(0, BK)
+        b_other = tl.load(p_row + o_j[None, :], mask=m_row & (o_j[None, :] < k), other=EMPTY)
+        b_larger = b_other[:, None, :] > b_candidate[:, :, None]  # [BM, BK, BK]
+        b_position += tl.sum(b_larger.to(tl.int32), axis=2)
+    o_out = o_row[:, None].to(tl.int64) * k + b_position
+    tl.store(p_similarities + o_out, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
+    tl.store(p_ids + o_out, ((b_candidate & LAST_ID) ^ LAST_ID) - 1, mask=m_candidate)
+
+
+class CandidateBuffer:
+    """Candidates of `count` rows, their numbers and thresholds. `longest`: the largest of the numbers."""
+
+    def __init__(self, count: int, capacity: int, device: torch.device) -> None:
+        self.candidates = torch.empty(count, capacity, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(count, dtype=torch.int32, device=device)
+        self.thresholds = torch.empty(count, dtype=torch.int64, device=device)
+        self.longest = 0
+
+    def compact(self, k: int) -> None:
+        """Keep the k best candidates of every row, in no order; the last of them is the new threshold."""
+        if self.longest:
+            self._select(k, None)
+            self.longest = min(self.longest, k)
+
+    def rollback(self, k: int, saved_counts: Tensor) -> None:
+        """Drop what was found since `saved_counts`, but raise the thresholds to just below the k-th best of it."""
+        self._select(k, saved_counts)
+        self.read_longest()
+
+    def read_longest(self) -> int:
+        """The largest number of candidates, beyond the capacity where a buffer overflowed; synchronises."""
+        self.longest = int(self.counts.max())
+        return self.longest
+
+    def _select(self, k: int, saved_counts: Tensor | None) -> None:
+        count, capacity = self.candidates.shape
+        size = triton.next_power_of_2(max(16, k, min(self.longest, capacity)))
+        if size > MAX_KERNEL_LIST:
+            for start in range(0, count, max(1, TORCH_TOPK_ENTRIES // size)):
+                self._select_with_torch(k, slice(start, start + max(1, TORCH_TOPK_ENTRIES // size)), saved_counts)
+            return
+        tiles, num_warps, num_stages = config.select(size)
+        _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
+            self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts,
+            count, capacity, k, ROLLBACK=saved_counts is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+    def _select_with_torch(self, k: int, rows: slice, saved_counts: Tensor | None) -> None:
+        positions = torch.arange(min(self.longest, self.candidates.shape[1]), device=self.candidates.device)
+        is_empty = positions >= self.counts[rows].unsqueeze(1)
+        candidates = self.candidates[rows, : len(positions)].masked_fill(is_empty, packing.EMPTY)
+        best = candidates.topk(min(k, len(positions)), dim=1).values
+        last = best[:, -1] if len(positions) >= k else torch.full_like(best[:, 0], packing.EMPTY)
+        if saved_counts is None:
+            self.candidates[rows, : best.shape[1]] = best
+            self.counts[rows] = self.counts[rows].clamp(max=k)
+        else:
+            last = torch.where(last == packing.EMPTY, last, last - 1)
+            self.counts[rows] = saved_counts[rows]
+        self.thresholds[rows] = torch.maximum(self.thresholds[rows], last)
+
+
+def sorted_topk(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities and ids of candidates `[rows, k]`, descending."""
+    count, k = candidates.shape
+    similarities = torch.empty(count, k, dtype=torch.float32, device=candidates.device)
+    ids = torch.empty(count, k, dtype=torch.int64, device=candidates.device)
+    if k > MAX_KERNEL_LIST:  # comparing all with all is slow
+        for rows in torch.arange(count, device=candidates.device).split(max(1, TORCH_TOPK_ENTRIES // k)):
+            best = candidates[rows].sort(dim=1, descending=True).values
+            similarities[rows], ids[rows] = packing.unpack(best)
+    elif candidates.numel():
+        tiles, num_warps, num_stages = config.sort(k)
+        _sort_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
+            candidates, similarities, ids, count, k, **tiles, num_warps=num_warps, num_stages=num_stages
+        )
+    return similarities, ids

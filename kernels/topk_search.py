@@ -1,0 +1,171 @@
+"""The host's part of top-k by cosine: which tiles are multiplied when, and when buffers are compacted.
+
+A step is one column block for every row block, row block i with column block i + step in a circle, so that every buffer
+sees equally many candidates. Each round runs as many steps as should fill 70% of the remaining capacity at the current
+rate; the host then reads back the longest buffer's length. Where buffers are filling up they are compacted to their k
+best, whose last is then the threshold. If a buffer overflows, the round is rolled back and repeated in smaller steps
+with the raised thresholds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.candidates import EMPTY
+from ..common.chunks import Chunk, ChunkedTable
+from ..progress import Progress
+from . import config
+from .topk_kernels import CandidateBuffer, _append_kernel
+
+TARGET_FILL = 0.7  # of the remaining capacity: what a round is planned to fill
+
+
+class TopKSearch:
+    """A search of all tiles, chunk by chunk. `best [P, k]` and `thresholds [P]` are filled as it goes."""
+
+    def __init__(
+        self, k: int, capacity: int, tiling: config.Config, best: Tensor, thresholds: Tensor, progress: Progress | None
+    ) -> None:
+        self.k, self.capacity, self.best, self.thresholds = k, capacity, best, thresholds
+        self.tiles, self.num_warps, self.num_stages = tiling
+        self.progress, self.done, self.total = progress, 0, 0
+
+    def self_search(self, table: ChunkedTable) -> None:
+        """Search a table in itself: every chunk in itself and in those before it, which are not smaller."""
+        count, size = len(self.best), table.size
+        starts = [other for start in range(0, count, size) for other in (start, *range(0, start, size))]
+        self.total = sum(
+            self._tiles(min(size, count - start), min(size, count - other), start == other)
+            for start in range(0, count, size)
+            for other in range(0, start + 1, size)
+        )
+        chunks = table.chunks(starts)
+        for start in range(0, count, size):
+            rows = next(chunks)
+            row_buffer = self._buffer(rows)
+            self.search_tiles(rows, rows, row_buffer, row_buffer)
+            for _ in range(0, start, size):
+                columns = next(chunks)
+                column_buffer = self._buffer(columns)
+                self.search_tiles(rows, columns, row_buffer, column_buffer)
+                self._keep_best(columns, column_buffer)
+                del columns, column_buffer  # before the next ones come
+            self._keep_best(rows, row_buffer)
+            del rows, row_buffer
+
+    def cross_search(self, queries: ChunkedTable, keys: ChunkedTable) -> None:
+        """Search for queries among keys."""
+        num_queries, num_keys = len(self.best), len(keys.table)
+        query_starts, key_starts = range(0, num_queries, queries.size), range(0, num_keys, keys.size)
+        self.total = sum(
+            self._tiles(min(queries.size, num_queries - start), min(keys.size, num_keys - other), False)
+            for start in query_starts
+            for other in key_starts
+        )
+        for rows in queries.chunks(query_starts):
+            row_buffer = self._buffer(rows)
+            for columns in keys.chunks(key_starts):
+                self.search_tiles(rows, columns, row_buffer, None)
+                del columns
+            self._keep_best(rows, row_buffer)
+            del rows, row_buffer
+
+    def _buffer(self, chunk: Chunk) -> CandidateBuffer:
+        """A buffer for a chunk's rows, with the best so far."""
+        span = slice(chunk.first, chunk.first + len(chunk.rows))
+        buffer = CandidateBuffer(len(chunk.rows), self.capacity, self.best.device)
+        buffer.thresholds.copy_(self.thresholds[span])
+        buffer.candidates[:, : self.k] = self.best[span]
+        torch.sum(self.best[span] != EMPTY, dim=1, dtype=torch.int32, out=buffer.counts)
+        buffer.read_longest()
+        return buffer
+
+    def _keep_best(self, chunk: Chunk, buffer: CandidateBuffer) -> None:
+        span = slice(chunk.first, chunk.first + len(chunk.rows))
+        buffer.compact(self.k)
+        is_kept = torch.arange(self.k, device=buffer.counts.device) < buffer.counts.unsqueeze(1)
+        self.best[span] = torch.where(is_kept, buffer.candidates[:, : self.k], EMPTY)
+        self.thresholds[span] = buffer.thresholds
+
+    def _tiles(self, rows: int, columns: int, is_same: bool) -> int:
+        return triton.cdiv(rows, self.tiles["BM"]) * self._steps(columns, is_same)
+
+    def _steps(self, columns: int, is_same: bool) -> int:
+        blocks = triton.cdiv(columns, self.tiles["BN"])
+        return blocks // 2 + 1 if is_same else blocks
+
+    def search_tiles(
+        self, rows: Chunk, columns: Chunk, row_buffer: CandidateBuffer, column_buffer: CandidateBuffer | None
+    ) -> Any:
+        """Compare all rows with all columns, for the rows' candidates and, where there is a buffer, the columns'.
+
+        Returns:
+            The compiled kernel.
+        """
+        is_same = column_buffer is row_buffer
+        buffers = [row_buffer] if is_same or column_buffer is None else [row_buffer, column_buffer]
+        tiles_per_step = triton.cdiv(len(rows.rows), self.tiles["BM"])
+        candidates_per_step = self.tiles["BN"] * (2 if is_same else 1)  # of a row, at most
+        step, planned, last = 0, 0, self._steps(len(columns.rows), is_same)
+        while step < last:
+            before = max(buffer.longest for buffer in buffers)
+            if before + candidates_per_step > self.capacity:
+                self._compact(buffers)
+                before = max(buffer.longest for buffer in buffers)
+            certain = max(1, (self.capacity - before) // candidates_per_step)
+            steps = min(max(planned, certain), last - step, max(1, config.MAX_GRID // tiles_per_step))
+            saved_counts = [buffer.counts.clone() for buffer in buffers]
+            kernel = self._launch(rows, columns, row_buffer, column_buffer, step, steps)
+            after = max(buffer.read_longest() for buffer in buffers)
+            if after > self.capacity:
+                self._roll_back(buffers, saved_counts)
+                planned = steps // 4
+                continue
+            step += steps
+            self._report(tiles_per_step * steps)
+            planned = self._plan(buffers, before, after, steps, step, last)
+        return kernel
+
+    def _launch(
+        self, rows: Chunk, columns: Chunk, row_buffer: CandidateBuffer, column_buffer: CandidateBuffer | None,
+        step: int, steps: int,
+    ) -> Any:  # fmt: skip
+        other = row_buffer if column_buffer is None else column_buffer
+        return _append_kernel[(triton.cdiv(len(rows.rows), self.tiles["BM"]) * steps,)](
+            rows.rows, columns.rows, rows.rnorm, columns.rnorm,
+            row_buffer.candidates, row_buffer.counts, row_buffer.thresholds,
+            other.candidates, other.counts, other.thresholds,
+            len(rows.rows), len(columns.rows), rows.rows.shape[1], self.capacity, rows.first, columns.first,
+            step, steps, int(column_buffer is row_buffer),
+            MIRROR=column_buffer is not None, PRECISION=config.precision(), **self.tiles,
+            num_warps=self.num_warps, num_stages=self.num_stages,
+        )  # fmt: skip
+
+    def _compact(self, buffers: list[CandidateBuffer]) -> None:
+        for buffer in buffers:
+            buffer.compact(self.k)
+
+    def _roll_back(self, buffers: list[CandidateBuffer], saved_counts: list[Tensor]) -> None:
+        for buffer, counts in zip(buffers, saved_counts, strict=True):
+            buffer.rollback(self.k, counts)
+            buffer.compact(self.k)
+
+    def _plan(self, buffers: list[CandidateBuffer], before: int, after: int, steps: int, step: int, last: int) -> int:
+        """The steps of the next round, after one of `steps` that took the longest row from `before` to `after`.
+
+        Buffers are compacted first if they would not last to the end at this rate.
+        """
+        rate = max(after - before, 1) / steps
+        if after > self.k and after + rate * (last - step) > self.capacity:
+            self._compact(buffers)
+            rate, after = min(rate, 1.3 * self.k / step), self.k
+        return int(TARGET_FILL * (self.capacity - after) / rate)
+
+    def _report(self, tiles: int) -> None:
+        self.done += tiles
+        if self.progress is not None:
+            self.progress(self.done, self.total)

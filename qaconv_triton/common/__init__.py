@@ -1,0 +1,1 @@
+"""What both backends share, in plain torch: norms, thresholds, candidates, chunks of tables, inverted index."""

@@ -1,0 +1,43 @@
+"""Candidates of a top-k search, one int64 each: the similarity in sortable form above the complement of the id.
+
+Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and equal similarities
+fall by rising id. Ids count from one here: no candidate is the largest int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EMPTY = -(2**63)  # below every candidate
+LAST_ID = 2**32 - 1
+LOWEST = -(2**31)  # below the sortable form of every float, -inf included
+HIGHEST = 2**31 - 1
+
+
+def sortable(similarity: Tensor) -> Tensor:
+    """Map fp32 to int32 in the same order: NaN above everything, -0 equal to +0."""
+    bits = similarity.view(torch.int32)
+    sign = bits >> 31
+    key = ((bits & HIGHEST) ^ sign) - sign  # sign and magnitude -> two's complement
+    return key.masked_fill_(similarity.isnan(), HIGHEST)
+
+
+def unsortable(key: Tensor) -> Tensor:
+    """The fp32 that `sortable` came from."""
+    return (key.abs() | (key & LOWEST)).view(torch.float32)
+
+
+def pack(similarity: Tensor, ids: Tensor) -> Tensor:
+    """Candidates of fp32 similarities and ids in `[0, 2^32 - 2]`."""
+    return (sortable(similarity).to(torch.int64) << 32) | (LAST_ID - 1 - ids.to(torch.int64))
+
+
+def unpack(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarities fp32 and ids int64 of candidates."""
+    return unsortable((candidates >> 32).to(torch.int32)), LAST_ID - 1 - (candidates & LAST_ID)
+
+
+def pack_threshold(similarity: Tensor) -> Tensor:
+    """What candidates exceed if their similarity is larger than this fp32 one."""
+    return (sortable(similarity).to(torch.int64) << 32) | LAST_ID
