@@ -44,6 +44,7 @@ HANDED_OVER = {
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
 # to launches that work only where a norm is out of the range
+KNOWN_SPILLS = {"gfx942": {"probe gradient C=512 S=49 fp16"}}  # 12 bytes: half the channels a program cost more
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -109,8 +110,8 @@ def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
 
 def test_no_spills(shipped: Reports, arch: str) -> None:
     if static.committed(arch):
-        usual = [each for each in shipped if "normalised first" not in each.case]
-        assert [each for each in usual if each.stack or each.local or each.verdict != "kept"] == []
+        spilled = {each.case for each in shipped if each.stack or each.local or each.verdict != "kept"}
+        assert {case for case in spilled if "normalised first" not in case} == KNOWN_SPILLS.get(arch, set())
     assert [each for each in shipped if each.stack > FEW_SPILLS] == []
 
 
