@@ -44,7 +44,7 @@ HANDED_OVER = {
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
 # to launches that work only where a norm is out of the range
-KNOWN_SPILLS = {"gfx942": {"probe gradient C=512 S=49 fp16"}}  # 12 bytes: half the channels a program cost more
+KNOWN_SPILLS = {"gfx942": {"probe gradient C=512 S=49 fp16"}}  # 12 bytes of a thread
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
