@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import eager, matching, scores, table
+from bench import eager, matching, measure, scores, table
 from bench.matching import Case, Problem
 
 CPU = torch.device("cpu")
-HALVES = "bfloat16", "float16"
 CLASSES, PAIRS = (scores.TINY[op][0]._replace(dtype=torch.float64) for op in ("classes", "pairs"))
 EXACT = matching.Tolerance(1e-12, 1 - 1e-12, 1e-12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_ceilings() -> Iterator[None]:
+    """A product in half precision that is large takes a minute on a CPU without instructions for it."""
+    ceilings = measure.matmul_ceiling, measure.copy_ceiling
+    with mock.patch.dict(measure.MATMUL_SIZE, cpu=128), mock.patch.dict(measure.COPY_BYTES, cpu=2**20):
+        for ceiling in ceilings:
+            ceiling.cache_clear()
+        yield
+    for ceiling in ceilings:
+        ceiling.cache_clear()
 
 
 @pytest.fixture
@@ -165,7 +178,7 @@ def test_tiny_from_the_command_line_to_the_file(op: str, tmp_path: Path, capsys:
         assert every.tflops * every.median_s == pytest.approx(8 * ours.tflops * ours.median_s)
 
 
-@pytest.mark.parametrize("dtype", [*(pytest.param(half, marks=pytest.mark.slow) for half in HALVES), "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_tiny_in_other_dtypes(dtype: str) -> None:
     for op in ("classes", "pairs"):
         options = command.parser().parse_args([op, "--tiny", "--dtype", dtype, "--device", "cpu", "--no-memory"])

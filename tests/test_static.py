@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 Reports = list[static.Report]
 
-ARCHES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
+ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # the code for sm_89 is that for sm_86: see below
 TENSOR_CORE = {
     "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma",
 }  # fmt: skip
@@ -44,6 +44,7 @@ HANDED_OVER = {
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
 # to launches that work only where a norm is out of the range
+KNOWN_SPILLS = {"gfx942": {"probe gradient C=512 S=49 fp16"}}  # 12 bytes of a thread
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
@@ -109,8 +110,8 @@ def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
 
 def test_no_spills(shipped: Reports, arch: str) -> None:
     if static.committed(arch):
-        usual = [each for each in shipped if "normalised first" not in each.case]
-        assert [each for each in usual if each.stack or each.local or each.verdict != "kept"] == []
+        spilled = {each.case for each in shipped if each.stack or each.local or each.verdict != "kept"}
+        assert {case for case in spilled if "normalised first" not in case} == KNOWN_SPILLS.get(arch, set())
     assert [each for each in shipped if each.stack > FEW_SPILLS] == []
 
 
@@ -169,6 +170,13 @@ def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) 
         table = [line for line in table if line["configurations"] == "shipped"]
     told = static.differences(table, [static.line(each) for each in compiled if each.arch == arch])
     assert not told, "\n".join([*told, f"{len(told)} differences. If they are meant: python -m bench static --save"])
+
+
+def test_the_table_of_sm_89_is_that_of_sm_86() -> None:
+    """Of the two one is compiled here."""
+    if not static.committed("sm_86"):
+        _without_a_table()
+    assert static.committed("sm_89") == static.committed("sm_86")
 
 
 def test_differences_name_row_and_column() -> None:
