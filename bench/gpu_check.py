@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
 from types import FrameType
@@ -358,7 +358,7 @@ def _binaries(folder: Path) -> set[str]:
 
 
 def study(check: Check) -> str:
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
+    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     options = check.sized("--output", str(check.folder.parent))
     if check.dry:
         options += ["--no-memory", "--repeats", "1"]

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint, functional, ops
-from .common.dtypes import accumulation_dtype
 from .progress import Progress
 from .scores import (
+    PAIRS,
     BatchStatistics,
     ClassScores,
+    Head,
     check_pairs,
-    folded,
-    is_frozen,
-    pair_scores,
+    prepared_pairs,
+    score_gallery,
+    score_maps,
     update_running_statistics,
 )
 from .validation import (
@@ -37,8 +38,6 @@ from .validation import (
     values_may_be_read,
 )
 
-MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
-PAIRS = 256  # of corresponding maps at a time, likewise
 SAMPLED_ROWS = 16  # of a class table, and of the values of each
 
 
@@ -145,7 +144,7 @@ class QAConv(nn.Module):
         self._graph: Tensor | None = None
         self._copied_table: Tensor | None = None  # a sample of a copy's table, until the copied graph is used
         self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
-        self._kernel: Tensor | None = None
+        self._pending_gallery: Tensor | None = None
         self._warned_of_gallery_visibility = False
 
     @property
@@ -226,19 +225,17 @@ class QAConv(nn.Module):
             IndexError: a label that is not a class (on CUDA those rows are NaN, or with `QACONV_TRITON_CHECKS=1`).
         """
         self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-        if isinstance(gal_fea, str):
-            if gal_fea != "same":
-                raise ValueError(f'gal_fea: expected a tensor, "same" or None, got {gal_fea!r}')
-            gal_fea = prob_fea
-        elif gal_fea is None:
-            if self._kernel is None:
-                return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
-            gal_fea = self._kernel
-        self._check_maps(gal_fea, gal_occ, "gal_fea", "gal_occ")
-        scores, statistics = self._score_gallery(prob_fea, gal_fea, prob_occ, gal_occ, evaluate=False)
+        if isinstance(gal_fea, str) and gal_fea != "same":
+            raise ValueError(f'gal_fea: expected a tensor, "same" or None, got {gal_fea!r}')
+        if gal_fea is None and self._pending_gallery is None:  # every class, or with labels each class's neighbours
+            return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
+        gallery = prob_fea if isinstance(gal_fea, str) else self._pending_gallery if gal_fea is None else gal_fea
+        assert gallery is not None
+        self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
+        scores, statistics = score_gallery(self._head, prob_fea, gallery, prob_occ, gal_occ, evaluate=False)
         update_running_statistics(statistics)
-        if gal_fea is self._kernel:
-            self._kernel = None
+        if gallery is self._pending_gallery:
+            self._pending_gallery = None
         return scores
 
     def class_scores(self, prob_fea: Tensor, labels: Tensor, prob_occ: Tensor | None = None) -> ClassScores:
@@ -267,7 +264,7 @@ class QAConv(nn.Module):
         table = self._class_table()
         classes = table.shape[0]
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
-        check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self.logit_bn)
+        check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self._head)
         neighbors = self._current_neighbors()
         valid = None
         if values_may_be_read(labels):
@@ -280,7 +277,9 @@ class QAConv(nn.Module):
         if valid is not None:
             index = torch.where(valid.unsqueeze(1), index, -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-        scores, statistics = self._score(probe, table, index, labels, raw=True, valid=valid)
+        scores, statistics = score_maps(
+            self._head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, valid=valid
+        )
         return ClassScores(scores, index, classes), statistics, neighbors
 
     def _finish(self, statistics: list[BatchStatistics], neighbors: Tensor | None = None) -> None:
@@ -315,7 +314,7 @@ class QAConv(nn.Module):
         """
         self._check_maps(probe_features, probe_occ, "probe_features", "probe_occ")
         self._check_maps(gallery_features, gallery_occ, "gallery_features", "gallery_occ")
-        return self._score_gallery(probe_features, gallery_features, probe_occ, gallery_occ, evaluate=True)[0]
+        return score_gallery(self._head, probe_features, gallery_features, probe_occ, gallery_occ, evaluate=True)[0]
 
     @torch.no_grad()
     def match_pairs(
@@ -332,10 +331,10 @@ class QAConv(nn.Module):
         """
         names = "probe_features", "gallery_features", "probe_occ", "gallery_occ"
         self._check_pairs_of_maps(probe_features, gallery_features, probe_occ, gallery_occ, names)
-        step = PAIRS if self._only_sums(evaluate=True) else max(probe_features.shape[0], 1)
+        step = PAIRS if self._head.needs_sums_only(evaluate=True) else max(probe_features.shape[0], 1)
         scores = [
-            self._score(probe, gallery, index, evaluate=True)[0].squeeze(1)
-            for probe, gallery, index in _pairs(probe_features, gallery_features, probe_occ, gallery_occ, step)
+            score_maps(self._head, probe, gallery, index, evaluate=True)[0].squeeze(1)
+            for probe, gallery, index in prepared_pairs(probe_features, gallery_features, probe_occ, gallery_occ, step)
         ]
         return torch.cat(scores)
 
@@ -369,7 +368,7 @@ class QAConv(nn.Module):
         """
         self._check_pairs_of_maps(a, b, a_occ, b_occ, ("a", "b", "a_occ", "b_occ"))
         values, places = [], []
-        for probe, gallery, index in _pairs(a, b, a_occ, b_occ, PAIRS):
+        for probe, gallery, index in prepared_pairs(a, b, a_occ, b_occ, PAIRS):
             pooled, argmax, *_ = ops.max_correlation(probe, gallery, index, None, False, False)
             values.append(pooled)
             places.append(argmax)
@@ -405,7 +404,7 @@ class QAConv(nn.Module):
     def make_kernel(self, feature: Tensor) -> None:
         """Keep `feature [G, C, H, W]` as the gallery of the next `forward` that is given none."""
         self._check_maps(feature, None, "feature", "")
-        self._kernel = feature
+        self._pending_gallery = feature
 
     def reset_running_stats(self) -> None:
         """Reset the batch norms' running statistics and drop the class graph."""
@@ -437,7 +436,7 @@ class QAConv(nn.Module):
             scores = class_scores.to_dense()
         else:
             probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
-            scores, statistics = self._score(probe, table, raw=True)
+            scores, statistics = score_maps(self._head, probe, table, raw=True, sparse_grad=self.sparse_grad)
         if gal_occ is not None and not self._warned_of_gallery_visibility:
             # five frames up: this one, forward, two of nn.Module, the caller
             warnings.warn("gal_occ is ignored on the class path: class maps are fully visible", stacklevel=5)
@@ -445,56 +444,9 @@ class QAConv(nn.Module):
         self._finish(statistics, neighbors)
         return scores
 
-    def _score_gallery(
-        self, prob_fea: Tensor, gal_fea: Tensor, prob_occ: Tensor | None, gal_occ: Tensor | None, *, evaluate: bool
-    ) -> tuple[Tensor, list[BatchStatistics]]:
-        dtype = functional.correlation_dtype(prob_fea)
-        probe = functional.prepare_maps(prob_fea, prob_occ, dtype)
-
-        def gallery(rows: slice) -> Tensor:
-            if gal_fea is prob_fea and gal_occ is prob_occ:
-                return probe[rows]
-            return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
-
-        probes, items = probe.shape[0], gal_fea.shape[0]
-        step = max(1, MAP_BYTES // (4 * self.num_features * self.height * self.width))
-        if max(probes, items) <= step or not self._only_sums(evaluate):
-            return self._score(probe, gallery(slice(0, items)), evaluate=evaluate)
-        scores = probe.new_empty(probes, items, dtype=accumulation_dtype(dtype))
-        for first in range(0, items, step):
-            columns = slice(first, first + step)
-            maps = gallery(columns)
-            for start in range(0, probes, step):
-                rows = slice(start, start + step)
-                scores[rows, columns] = self._score(probe[rows], maps, evaluate=evaluate)[0]
-        return scores, []
-
-    def _only_sums(self, evaluate: bool) -> bool:
-        """Whether neither gradients nor batch statistics need the pooled values."""
-        return is_frozen(self.bn, self.logit_bn, evaluate=evaluate) and not torch.is_grad_enabled()
-
-    def _score(
-        self,
-        probe: Tensor,
-        gallery: Tensor,
-        index: Tensor | None = None,
-        group: Tensor | None = None,
-        *,
-        raw: bool = False,
-        evaluate: bool = False,
-        valid: Tensor | None = None,
-    ) -> tuple[Tensor, list[BatchStatistics]]:
-        """Score prepared probes against prepared gallery maps, or the `raw` class table; `index`, `group` as of the op.
-
-        The second result is what the norms' running statistics are to be updated with when the call has succeeded.
-        Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
-        """
-        if self._only_sums(evaluate):
-            size, dtype = 2 * self.height * self.width, accumulation_dtype(probe.dtype)
-            weight, shift = folded(self.bn, self.fc, self.logit_bn, size, dtype)
-            return ops.pair_sums(probe, gallery, index, group, raw, weight) + shift, []
-        pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and self.sparse_grad)[0]
-        return pair_scores(pooled, self.bn, self.fc, self.logit_bn, evaluate=evaluate, valid=valid)
+    @property
+    def _head(self) -> Head:
+        return Head(self.bn, self.fc, self.logit_bn)
 
     def _class_table(self) -> Tensor:
         if self.class_embed is None:
@@ -599,24 +551,8 @@ class QAConv(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps of one step, with their graph, and a mere hint: neither copied nor pickled.
-        return {**self.__dict__, "_kernel": None, "_last_graph": None}
+        return {**self.__dict__, "_pending_gallery": None, "_last_graph": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._copied_table = self._sample_table()
-
-
-def _pairs(
-    a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None, step: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Prepared maps of `a` and `b`, `step` at a time, and the index that pairs them; once even if there are none."""
-    dtype = functional.correlation_dtype(a)
-    for start in range(0, max(a.shape[0], 1), step):
-        rows = slice(start, start + step)
-        probe = functional.prepare_maps(a[rows], _rows(a_occ, rows), dtype)
-        gallery = functional.prepare_maps(b[rows], _rows(b_occ, rows), dtype)
-        yield probe, gallery, torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)
-
-
-def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:
-    return None if visibility is None else visibility[rows]

@@ -1,14 +1,20 @@
-"""From pooled correlations to scores: two scalar batch norms around a linear layer, and the compact class scores."""
+"""From maps to scores: in blocks where memory is to be bounded, then two scalar batch norms around a linear layer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import functional, ops
+from .common.dtypes import accumulation_dtype
 from .recompute import is_recomputing
+
+MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
+PAIRS = 256  # of corresponding maps at a time, likewise
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,30 @@ class ClassScores:
         )
 
 
+class Head(NamedTuple):
+    """The learned part of a score: `logit_bn(fc(bn(pooled)))` (arXiv:1904.10424, section 3.3).
+
+    `bn` sees all pooled values as one channel, `logit_bn` all logits: both are scalar affine maps.
+
+    Attributes:
+        bn: `BatchNorm1d(1)`, for the pooled values.
+        fc: `Linear(2S, 1)`, or `Linear(S, 1)` for both halves, whose two outputs are added.
+        logit_bn: `BatchNorm1d(1)`, for the logits.
+    """
+
+    bn: nn.BatchNorm1d
+    fc: nn.Linear
+    logit_bn: nn.BatchNorm1d
+
+    def is_frozen(self, *, evaluate: bool = False) -> bool:
+        """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
+        return not (_uses_batch(self.bn, evaluate) or _uses_batch(self.logit_bn, evaluate))
+
+    def needs_sums_only(self, *, evaluate: bool = False) -> bool:
+        """Whether neither gradients nor batch statistics need the pooled values: a pair is one number then."""
+        return self.is_frozen(evaluate=evaluate) and not torch.is_grad_enabled()
+
+
 class BatchStatistics(NamedTuple):
     """Statistics of one batch that a norm has yet to take into its running ones.
 
@@ -63,26 +93,89 @@ class BatchStatistics(NamedTuple):
     num_values: Tensor
 
 
-def pair_scores(
-    pooled: Tensor,
-    bn: nn.BatchNorm1d,
-    fc: nn.Linear,
-    logit_bn: nn.BatchNorm1d,
+def score_gallery(
+    head: Head, prob_fea: Tensor, gal_fea: Tensor, prob_occ: Tensor | None, gal_occ: Tensor | None, *, evaluate: bool
+) -> tuple[Tensor, list[BatchStatistics]]:
+    """Score every probe `[P, C, H, W]` against every gallery map `[G, C, H, W]`: `[P, G]`.
+
+    In blocks of `MAP_BYTES` of prepared maps, where nothing needs them later.
+    """
+    dtype = functional.correlation_dtype(prob_fea)
+    probe = functional.prepare_maps(prob_fea, prob_occ, dtype)
+
+    def gallery(rows: slice) -> Tensor:
+        if gal_fea is prob_fea and gal_occ is prob_occ:
+            return probe[rows]
+        return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
+
+    probes, items = probe.shape[0], gal_fea.shape[0]
+    step = max(1, MAP_BYTES // (4 * prob_fea.shape[1:].numel()))
+    if max(probes, items) <= step or not head.needs_sums_only(evaluate=evaluate):
+        return score_maps(head, probe, gallery(slice(0, items)), evaluate=evaluate)
+    scores = probe.new_empty(probes, items, dtype=accumulation_dtype(dtype))
+    for first in range(0, items, step):
+        columns = slice(first, first + step)
+        maps = gallery(columns)
+        for start in range(0, probes, step):
+            rows = slice(start, start + step)
+            scores[rows, columns] = score_maps(head, probe[rows], maps, evaluate=evaluate)[0]
+    return scores, []
+
+
+def prepared_pairs(
+    a: Tensor, b: Tensor, a_occ: Tensor | None, b_occ: Tensor | None, step: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Prepared maps of `a` and `b`, `step` at a time, and the index that pairs them; once even if there are none."""
+    dtype = functional.correlation_dtype(a)
+    for start in range(0, max(a.shape[0], 1), step):
+        rows = slice(start, start + step)
+        probe = functional.prepare_maps(a[rows], _rows(a_occ, rows), dtype)
+        gallery = functional.prepare_maps(b[rows], _rows(b_occ, rows), dtype)
+        yield probe, gallery, torch.arange(probe.shape[0], device=probe.device).unsqueeze(1)
+
+
+def _rows(visibility: Tensor | None, rows: slice) -> Tensor | None:
+    return None if visibility is None else visibility[rows]
+
+
+def score_maps(
+    head: Head,
+    probe: Tensor,
+    gallery: Tensor,
+    index: Tensor | None = None,
+    group: Tensor | None = None,
     *,
+    raw: bool = False,
+    sparse_grad: bool = False,
     evaluate: bool = False,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, list[BatchStatistics]]:
-    """Compute `logit_bn(fc(bn(pooled)))`, one score per pair (arXiv:1904.10424, section 3.3).
+    """Score prepared probes against prepared gallery maps, or the `raw` class table; `index`, `group` as of the op.
 
-    `bn` sees all pooled values as one channel, `logit_bn` all logits: both are scalar affine maps, and `bn` is folded
-    into `fc`. Running statistics stay as they are: the caller updates them by `update_running_statistics` when nothing
-    can fail any more. Statistics are those of this process's batch.
+    Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
+
+    Returns:
+        As `pair_scores`.
+    """
+    if head.needs_sums_only(evaluate=evaluate):
+        locations, dtype = probe.shape[2] * probe.shape[3], accumulation_dtype(probe.dtype)
+        weight, shift = folded(head, 2 * locations, dtype)
+        return ops.pair_sums(probe, gallery, index, group, raw, weight) + shift, []
+    pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and sparse_grad)[0]
+    return pair_scores(pooled, head, evaluate=evaluate, valid=valid)
+
+
+def pair_scores(
+    pooled: Tensor, head: Head, *, evaluate: bool = False, valid: Tensor | None = None
+) -> tuple[Tensor, list[BatchStatistics]]:
+    """Compute `logit_bn(fc(bn(pooled)))`, one score per pair.
+
+    Running statistics stay as they are: the caller updates them by `update_running_statistics` when nothing can fail
+    any more. Statistics are those of this process's batch.
 
     Args:
         pooled: `[P, K, 2S]`.
-        bn: `BatchNorm1d(1)`, for the pooled values.
-        fc: `Linear(2S, 1)`, or `Linear(S, 1)` for both halves, whose two outputs are added.
-        logit_bn: `BatchNorm1d(1)`, for the logits.
+        head: the modules; `bn` is folded into `fc`.
         evaluate: use running statistics although the modules may be in training mode.
         valid: bool `[P]`; rows that do not count, in no statistic, and score NaN. All count where None.
 
@@ -93,14 +186,15 @@ def pair_scores(
         TypeError: a `SyncBatchNorm`, whose statistics would be those of all processes.
         ValueError: batch statistics of a single pair.
     """
-    _check_norms(bn, logit_bn)
+    bn, fc, logit_bn = head
+    _check_norms(head)
     pairs = pooled.shape[0] * pooled.shape[1]
     if pairs == 0:  # all parameters take part, for other processes may have pairs and wait for their gradients
         scores = pooled.sum(-1)
         for parameter in (*bn.parameters(), *fc.parameters(), *logit_bn.parameters()):
             scores = scores + parameter.sum().to(pooled.dtype)
         return scores, []
-    check_pairs(pairs, logit_bn, evaluate=evaluate)
+    check_pairs(pairs, head, evaluate=evaluate)
     statistics: list[BatchStatistics] = []
     with torch.autocast(pooled.device.type, enabled=False):
         weight, bias = _both_halves(fc, pooled.shape[-1], pooled.dtype)
@@ -155,34 +249,25 @@ def _both_halves(fc: nn.Linear, size: int, dtype: torch.dtype) -> tuple[Tensor, 
     return weight, bias
 
 
-def is_frozen(bn: nn.BatchNorm1d, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> bool:
-    """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
-    return not (_uses_batch(bn, evaluate) or _uses_batch(logit_bn, evaluate))
-
-
 @torch.no_grad()
-def folded(
-    bn: nn.BatchNorm1d, fc: nn.Linear, logit_bn: nn.BatchNorm1d, size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def folded(head: Head, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Fold frozen norms into `fc`: a score is `weight [2S]` times the pair's pooled values, plus `shift []`.
 
     Args:
-        bn: frozen norm of the pooled values.
-        fc: as for `pair_scores`.
-        logit_bn: frozen norm of the logits.
+        head: the modules, both norms frozen.
         size: 2S.
         dtype: of the result.
 
     Raises:
         TypeError: a `SyncBatchNorm`.
     """
-    _check_norms(bn, logit_bn)
-    scale, shift = _affine(bn)
-    weight, bias = _both_halves(fc, size, torch.float64)
+    _check_norms(head)
+    scale, shift = _affine(head.bn)
+    weight, bias = _both_halves(head.fc, size, torch.float64)
     logit = shift * weight.sum()
     if bias is not None:
         logit = logit + bias
-    outer_scale, outer_shift = _affine(logit_bn)
+    outer_scale, outer_shift = _affine(head.logit_bn)
     return (outer_scale * scale * weight).to(dtype), (outer_scale * logit + outer_shift).to(dtype)
 
 
@@ -194,20 +279,20 @@ def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     return scale.squeeze(0), (shift - norm.running_mean.double() * scale).squeeze(0)
 
 
-def _check_norms(bn: nn.Module, logit_bn: nn.Module) -> None:
-    if isinstance(bn, nn.SyncBatchNorm) or isinstance(logit_bn, nn.SyncBatchNorm):
+def _check_norms(head: Head) -> None:
+    if any(isinstance(module, nn.SyncBatchNorm) for module in head):
         raise TypeError(
             "QAConv's batch norms see one process's pairs; convert_sync_batchnorm must leave the matcher out"
         )
 
 
-def check_pairs(pairs: int, logit_bn: nn.BatchNorm1d, *, evaluate: bool = False) -> None:
+def check_pairs(pairs: int, head: Head, *, evaluate: bool = False) -> None:
     """Require more than one pair where `logit_bn` takes its statistics from them.
 
     Raises:
         ValueError: a single pair.
     """
-    if pairs == 1 and _uses_batch(logit_bn, evaluate):
+    if pairs == 1 and _uses_batch(head.logit_bn, evaluate):
         raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 

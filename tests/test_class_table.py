@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qaconv_triton import QAConv, functional
-from qaconv_triton import matcher as matcher_module
+from qaconv_triton import scores as scores_module
 from qaconv_triton.common import thresholds
 from qaconv_triton.cpu import cosine_topk as cpu_topk
 from qaconv_triton.cpu import max_correlation as cpu
@@ -599,7 +599,7 @@ def test_sparse_step_never_holds_another_table(monkeypatch: pytest.MonkeyPatch, 
 
 def test_match_holds_no_pooled_values(monkeypatch: pytest.MonkeyPatch, largest: LargestTensor) -> None:
     monkeypatch.setattr(cpu, "MAX_CORRELATIONS", 2**9)
-    monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * 1000)
+    monkeypatch.setattr(scores_module, "MAP_BYTES", 4 * 1000)
     matcher, probe, gallery = build(), maps(30, 1), maps(40, 3)
     with largest:
         scores = matcher.match(probe, gallery)

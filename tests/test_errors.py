@@ -21,8 +21,8 @@ from qaconv_triton import (
     QAConv,
     SoftmaxTripletLoss,
     TripletLoss,
-    checks,
     ops,
+    validation,
 )
 from qaconv_triton import functional as qf
 from qaconv_triton import matcher as matcher_module
@@ -61,7 +61,7 @@ def state_of(matcher: QAConv) -> dict[str, Any]:
     graph = matcher.class_neighbors
     state |= {"graph": graph, "graph's values": None if graph is None else graph.clone()}
     state |= {"hint": matcher._last_graph}
-    state |= {"kernel": matcher._kernel, "warned": matcher._warned_of_gallery_visibility}
+    state |= {"kernel": matcher._pending_gallery, "warned": matcher._warned_of_gallery_visibility}
     state |= {"k_nearest": matcher.k_nearest, "rng": torch.get_rng_state()}
     return state
 
@@ -658,7 +658,7 @@ def test_compiled_kernels_refuse_tensors_on_the_cpu(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("value", ["yes", "true", "2", " 1"])
 def test_unknown_value_of_the_checks_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(checks.CHECKS_VARIABLE, value)
+    monkeypatch.setenv(validation.CHECKS_VARIABLE, value)
     matcher = build()
     with refused(ValueError, ("QACONV_TRITON_CHECKS", repr(value)), matcher):
         matcher(maps(), labels=labels())
@@ -732,21 +732,21 @@ def test_forward_mode_over_a_backward_pass_is_refused() -> None:
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the branch of CUDA tensors: no value is looked at."""
-    for module in (checks, matcher_module):
+    for module in (validation, matcher_module):
         monkeypatch.setattr(module, "values_may_be_read", lambda tensor: False)
 
 
 def test_when_values_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = torch.ones(1, device=META)  # stands for CUDA: not on the CPU
-    monkeypatch.delenv(checks.CHECKS_VARIABLE, raising=False)
-    assert checks.CHECKS_VARIABLE == "QACONV_TRITON_CHECKS"
-    assert checks.values_may_be_read(torch.ones(1))
-    assert not checks.values_may_be_read(elsewhere)
+    monkeypatch.delenv(validation.CHECKS_VARIABLE, raising=False)
+    assert validation.CHECKS_VARIABLE == "QACONV_TRITON_CHECKS"
+    assert validation.values_may_be_read(torch.ones(1))
+    assert not validation.values_may_be_read(elsewhere)
     for value, expected in (("1", True), ("0", False), ("", False)):
-        monkeypatch.setenv(checks.CHECKS_VARIABLE, value)
-        assert checks.values_may_be_read(elsewhere) is expected
-        assert checks.values_may_be_read(torch.ones(1))
-    assert os.environ[checks.CHECKS_VARIABLE] == ""
+        monkeypatch.setenv(validation.CHECKS_VARIABLE, value)
+        assert validation.values_may_be_read(elsewhere) is expected
+        assert validation.values_may_be_read(torch.ones(1))
+    assert os.environ[validation.CHECKS_VARIABLE] == ""
 
 
 BAD = {"first": [-1, 3, 3, 7, 1], "repeated": [3, 8, 3, 8, 1], "many": [-1, 99, 3, 7, -(2**40)]}
@@ -873,12 +873,12 @@ def test_loss_of_an_invalid_target_is_nan(background: Any) -> None:
 
 @pytest.mark.cuda
 def test_invalid_labels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(checks.CHECKS_VARIABLE, raising=False)
+    monkeypatch.delenv(validation.CHECKS_VARIABLE, raising=False)
     matcher = build().cuda()
     bad = labels(3, -1, 8, 7).cuda()
     dense = matcher(maps().cuda(), labels=bad)
     assert dense.isnan().any(1).tolist() == [False, True, True, False]
     assert dense.isnan().all(1).tolist() == [False, True, True, False]
-    monkeypatch.setenv(checks.CHECKS_VARIABLE, "1")
+    monkeypatch.setenv(validation.CHECKS_VARIABLE, "1")
     with pytest.raises(IndexError, match=r"\[-1, 8\]"):
         matcher(maps().cuda(), labels=bad)

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qaconv_triton import QAConv
-from qaconv_triton import matcher as matcher_module
+from qaconv_triton import scores as scores_module
 from qaconv_triton.cpu import max_correlation as cpu
 
 # --- scores, statistics and gradients ---------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_tiling_changes_nothing(monkeypatch: pytest.MonkeyPatch, mode: str, kind
     """The eager model sees all pairs at once; so do the batch norms of every tiling, and the gradients."""
     monkeypatch.setattr(cpu, "MAX_CORRELATIONS", block)
     monkeypatch.setattr(cpu, "MAX_TERMS", block % 90)
-    monkeypatch.setattr(matcher_module, "MAP_BYTES", 4 * C * S * (block % 3))
+    monkeypatch.setattr(scores_module, "MAP_BYTES", 4 * C * S * (block % 3))
     if kind == "gallery":
         inputs = gallery_inputs(torch.float64, occluded=True)
     elif kind == "same":
@@ -335,7 +335,7 @@ def test_match_in_tiles(monkeypatch: pytest.MonkeyPatch, map_bytes: int) -> None
     matcher = build(torch.float64)
     arguments = tuple(gallery_inputs(torch.float64, occluded=True).values())
     expected = Eager(matcher).eval()(arguments[0], arguments[1], None, *arguments[2:])
-    monkeypatch.setattr(matcher_module, "MAP_BYTES", map_bytes)
+    monkeypatch.setattr(scores_module, "MAP_BYTES", map_bytes)
     assert_close(matcher.match(*arguments), expected, 1e-9)
 
 

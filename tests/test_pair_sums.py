@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qaconv_triton import QAConv, ops, reference
 from qaconv_triton import matcher as matcher_module
+from qaconv_triton import scores as scores_module
 from qaconv_triton.kernels import config
 
 INDEX = [[2, 0, 2, 1], [1, 2, 0, 0], [2, 0, 2, 1]]
@@ -179,7 +180,7 @@ def test_norms_without_parameters_or_bias_are_folded(part: str) -> None:
 @pytest.fixture
 def untracked(monkeypatch: pytest.MonkeyPatch) -> QAConv:
     """A matcher whose scores depend on all pairs of a call, among maps that are otherwise taken piece by piece."""
-    monkeypatch.setattr(matcher_module, "MAP_BYTES", 1)
+    monkeypatch.setattr(scores_module, "MAP_BYTES", 1)
     monkeypatch.setattr(matcher_module, "PAIRS", 2)
     matcher = build(torch.float64, "eval")
     matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False).double().to(DEVICE)
