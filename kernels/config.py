@@ -51,7 +51,7 @@ def precision() -> str:
 def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:
     """How a product of maps of these dtypes is taken: `WIDEN` and `PRECISION`.
 
-    A raw gallery may exceed the range of fp16, if not its precision: it meets an fp16 probe in tf32.
+    A raw gallery may exceed the range of fp16, if not its precision: its product with an fp16 probe is taken in tf32.
     """
     if probe == torch.float16 and gallery != torch.float16:
         return {"WIDEN": True, "PRECISION": "ieee" if generation() == AMD else "tf32"}

@@ -3,7 +3,7 @@
 One program of the forward stays on one probe map and streams neighbour maps past it; the `[S, S]` correlation lives in
 registers only. The backward rebuilds the sparse gradient of that correlation from the saved argmax, tile by tile, and
 multiplies it on the tensor cores: `probe_gradient` stays on a probe and streams its neighbours, `gallery_gradient`
-stays on a gallery map and streams the probes that met it. No atomics; the order of every sum is fixed.
+stays on a gallery map and streams the probes that are compared with it. No atomics; the order of every sum is fixed.
 """
 
 from __future__ import annotations
@@ -84,6 +84,27 @@ def inverse_norms(gallery: Tensor, inverted: InvertedIndex | None) -> Tensor:
     return rnorm
 
 
+@triton.jit
+def _load_tile(p_rows, m_rows, o_c, C, stride_c):
+    """Rows `[X]` of a map at channels `o_c [BC]`: `[X, BC]`."""
+    return tl.load(p_rows + o_c[None, :].to(tl.int64) * stride_c, mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _reduce_tile(b_key, o_other, axis: tl.constexpr):
+    """Maxima of `[BR, BS]` over an axis, and where the first of each lies among its locations `o_other`."""
+    b_best = tl.max(b_key, axis=axis)
+    is_best = b_key == tl.expand_dims(b_best, axis)
+    return b_best, tl.min(tl.where(is_best, tl.expand_dims(o_other, 1 - axis), HIGHEST), axis=axis)
+
+
+# One program: a probe, BS of its locations at a time, and KP neighbours, BR of their locations at a time. A turn:
+#   1. reduce the tile that the turn before has multiplied: both maxima of the correlation, and where they lie
+#   2. fold the maxima over r into those of this neighbour's tiles so far; those over s, with what earlier blocks stored
+#   3. store what is complete
+#   4. take the id that was loaded a turn ago, and load the next one
+#   5. load norms and maps of the next tile, which are on their way while 1 to 3 of the next turn run
+#   6. multiply
 @triton.jit(do_not_specialize=["P", "K", "KP"])
 def _forward_kernel(
     p_probe,  # [P, S, C]
@@ -173,14 +194,12 @@ def _forward_kernel(
                 if not SUM:
                     b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
 
-            b_best = tl.max(b_key, axis=0)
-            b_arg = tl.min(tl.where(b_key == b_best[None, :], o_r[:, None], HIGHEST), axis=0)
+            b_best, b_arg = _reduce_tile(b_key, o_r, 0)
             is_better = (b_best > b_best_s) | (i_r == 0)  # an equal one further on loses
             b_arg_s = tl.where(is_better, b_arg, b_arg_s)
             b_best_s = tl.where(is_better, b_best, b_best_s)
 
-            b_best_r = tl.max(b_key, axis=1)
-            b_arg_r = tl.min(tl.where(b_key == b_best_r[:, None], o_s[None, :], HIGHEST), axis=1)
+            b_best_r, b_arg_r = _reduce_tile(b_key, o_s, 1)
             if SPLIT:
                 if not SUM:
                     b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
@@ -226,21 +245,13 @@ def _forward_kernel(
             b_corr = tl.zeros([BR, BS], tl.float32)
             if RESIDENT:
                 o_c = tl.arange(0, BC)
-                b_neighbor = tl.load(
-                    p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
-                    mask=m_new_r[:, None] & (o_c < C)[None, :],
-                    other=0.0,
-                )
+                b_neighbor = _load_tile(p_neighbor, m_new_r, o_c, C, stride_gallery_c)
                 b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
             else:
                 for i_c in range(0, tl.where(i_tile < count, C, 0), BC):
                     o_c = i_c + tl.arange(0, BC)
                     m_c = o_c < C
-                    b_neighbor = tl.load(
-                        p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
-                        mask=m_new_r[:, None] & m_c[None, :],
-                        other=0.0,
-                    )
+                    b_neighbor = _load_tile(p_neighbor, m_new_r, o_c, C, stride_gallery_c)
                     if NORMALIZE_FIRST:
                         b_neighbor = normalized(b_neighbor, b_rnorm)
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
@@ -581,7 +592,7 @@ def gallery_gradient(
     """Launch the gradient to the gallery maps, in their dtype.
 
     Returns:
-        `[G, S, C]`, zero for maps that no probe met; with `compact`, `[T, S, C]` for the slots of `inverted` only.
+        `[G, S, C]`, zero for maps without a probe; with `compact`, `[T, S, C]` for the slots of `inverted` only.
     """
     probes, locations, channels = probe.shape
     slots = gallery.shape[0] if inverted is None else inverted.classes.shape[0]

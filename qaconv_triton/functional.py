@@ -222,13 +222,13 @@ def _check_previous(previous: Tensor, classes: int, k: int) -> None:
 
 @contextmanager
 def _progress(progress: bool | Progress) -> Iterator[None]:
-    """Let the search tell `progress`, a function; with True, show it."""
+    """Report the search to `progress`, a function; with True, show it."""
     if progress is False:
         yield
         return
     with ExitStack() as stack:
-        told = stack.enter_context(show_progress("class graph", "tiles")) if progress is True else progress
-        token = ops.progress_of_search.set(told)
+        report = stack.enter_context(show_progress("class graph", "tiles")) if progress is True else progress
+        token = ops.progress_of_search.set(report)
         stack.callback(ops.progress_of_search.reset, token)
         yield
 
