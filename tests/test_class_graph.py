@@ -102,7 +102,7 @@ def test_equals_fall_by_rising_id(name: str, k: int, backend: str, device: torch
     check_exactly(embeddings, k, *graph(embeddings, k))
 
 
-@pytest.mark.parametrize("k", [1, 255, 256, 257, 511])
+@pytest.mark.parametrize("k", [1, 256, 257])
 def test_any_k(k: int, backend: str, device: torch.device) -> None:
     embeddings = table(520, 12, device)
     check(embeddings, embeddings, k, True, *graph(embeddings, k), decided=0.0 if k > 300 else 0.5)

@@ -35,6 +35,7 @@ def test_demo_writes_its_table_and_pictures(tmp_path: Path) -> None:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_demo_in_bf16_stops_after_some_batches(tmp_path: Path) -> None:
     options = ["--classes", "40", "--epochs", "4", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
     run = run_demo(*options, "--bf16", "--steps", "3")

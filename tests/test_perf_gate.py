@@ -107,6 +107,7 @@ def test_without_the_option_perf_checks_are_skipped(run: Any) -> None:
     assert "a perf check: pytest --benchmark" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [

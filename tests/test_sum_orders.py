@@ -39,6 +39,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_mixed_sums_break_what_no_blas_promises(backend: str) -> None:
     """On CPU tensors, so with the kernels interpreted, whatever this machine has."""
