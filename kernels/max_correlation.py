@@ -103,8 +103,8 @@ def _reduce_tile(b_key, o_other, axis: tl.constexpr):
 #   2. fold the maxima over r into those of this neighbour's tiles so far; those over s, with what earlier blocks stored
 #   3. store what is complete
 #   4. take the id that was loaded a turn ago, and load the next one
-#   5. load norms and maps of the next tile, which are on their way while 1 to 3 of the next turn run
-#   6. multiply
+#   5. load norms and maps of this turn's tile: the compiler starts these copies ahead, while 1 to 3 run
+#   6. multiply, for the next turn to reduce
 @triton.jit(do_not_specialize=["P", "K", "KP"])
 def _forward_kernel(
     p_probe,  # [P, S, C]

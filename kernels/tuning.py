@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import triton
 
+from ..common import norms
 from .config import INTERPRETED, Config, generation
 
 TUNE_VARIABLE = "QACONV_TRITON_TUNE"
@@ -201,7 +202,7 @@ def _device_name() -> str:
 @cache
 def _kernels() -> str:
     """What stands for the kernels' source: another source is another benchmark."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted([*Path(__file__).parent.glob("*.py"), *Path(norms.__file__).parent.glob("*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

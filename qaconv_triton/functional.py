@@ -60,7 +60,7 @@ def topk_cosine(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: between 1 and N.
 
     Returns:
-        similarities `[P, k]`, falling, fp32 (fp64 for fp64), and indices int64 `[P, k]`; equal similarities by rising
+        similarities `[P, k]`, descending, fp32 (fp64 for fp64), and indices int64 `[P, k]`; ties by ascending
         index. A zero vector has similarity 0 with everything. Not differentiable.
 
     Raises:
@@ -150,7 +150,7 @@ def class_neighbors(
             with what is done and what there is to do.
 
     Returns:
-        int64 `[N, k]` class ids in falling similarity, equal similarities by rising id; with `return_similarities`,
+        int64 `[N, k]` class ids in descending similarity, ties by ascending id; with `return_similarities`,
         `(similarities, ids)`, the former fp32 (fp64 for fp64) `[N, k]`. Not differentiable.
 
     Raises:
@@ -234,7 +234,7 @@ def _progress(progress: bool | Progress) -> Iterator[None]:
 
 
 def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by rising id."""
+    """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by ascending id."""
     candidates = candidates.sort(dim=1).values
     similarities = torch.empty(candidates.shape, dtype=torch.float32, device=candidates.device)
     table, rnorm = with_norms(table)

@@ -555,4 +555,5 @@ class QAConv(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pending_gallery = None
         self._copied_table = self._sample_table()

@@ -185,7 +185,7 @@ def max_correlation_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `max_correlation` to probe and gallery, in their dtypes; empty where not needed.
 
-    `rows` int64 `[T]`, rising: the gallery rows in `index`; the gallery's gradient is then `[T, C, H, W]`.
+    `rows` int64 `[T]`, ascending: the gallery rows in `index`; the gallery's gradient is then `[T, C, H, W]`.
     """
     index = None if index is None else index.contiguous()
     inverted = None if index is None else InvertedIndex.unpacked(packed, index.numel())

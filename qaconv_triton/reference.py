@@ -55,7 +55,7 @@ def max_correlation(
 
 
 def cosine_topk(queries: Tensor, keys: Tensor, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
-    """The k keys of largest cosine for every query, falling; equal similarities by rising id.
+    """The k keys of largest cosine for every query, descending; equal similarities by ascending id.
 
     Args:
         queries: `[P, D]`.

@@ -50,7 +50,7 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(config, "cosine_topk", lambda *_: [config.Config(tiles, num_warps=4, num_stages=1)])
         monkeypatch.setattr(topk_search, "TARGET_FILL", 4.0)  # of the capacity: rounds are planned that overflow
         monkeypatch.setattr(config, "select", lambda length: config.Config({"BM": 32, "BL": length}, 4, 1))
-        monkeypatch.setattr(config, "order", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
+        monkeypatch.setattr(config, "sort", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
         monkeypatch.setattr(config, "LARGEST_TILE", 16)
     with schedules.patched_once() if INTERPRETED else nullcontext():
         yield

@@ -125,7 +125,7 @@ def test_wheel_holds_library_and_kernels(wheel: Path) -> None:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
         (file,) = (name for name in archive.namelist() if name.endswith("METADATA"))
         requirements = re.findall(r"^Requires-Dist: (.*)$", archive.read(file).decode(), re.M)
-    expected = {f"qaconv_triton/{path.name}" for path in ROOT.joinpath("qaconv_triton").glob("*.py")}
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.joinpath("qaconv_triton").rglob("*.py")}
     expected |= {f"qaconv_triton/kernels/{path.name}" for path in ROOT.joinpath("kernels").glob("*.py")}
     assert expected | {"qaconv_triton/py.typed"} == found
     assert f"torch>={'.'.join(map(str, versions.MIN_TORCH))}" in requirements

@@ -1,7 +1,7 @@
 """Candidates of a top-k search, one int64 each: the similarity in sortable form above the complement of the id.
 
-Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and equal similarities
-fall by rising id. Ids count from one here: no candidate is the largest int64.
+Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and ties are ordered by
+ascending id. The low half is 2^32 - 2 - id, so that no candidate is the largest int64.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -52,13 +53,13 @@ class ChunkedTable:
                 yield self._chunk(self.table[start : start + self.size].to(self.device).contiguous(), start)
             return
         with ThreadPoolExecutor(1) as worker:
-            prefetched: Future[tuple[Chunk, torch.cuda.Event | None]] | None = None
+            prefetched: deque[Future[tuple[Chunk, torch.cuda.Event | None]]] = deque()
             for start in starts:
-                ready, prefetched = prefetched, worker.submit(self._fetch, start)
-                if ready is not None:
-                    yield self._wait_for_copy(*ready.result())
-            if prefetched is not None:
-                yield self._wait_for_copy(*prefetched.result())
+                prefetched.append(worker.submit(self._fetch, start))
+                if len(prefetched) == 2:
+                    yield self._wait_for_copy(*prefetched.popleft().result())
+            while prefetched:
+                yield self._wait_for_copy(*prefetched.popleft().result())
 
     def _fetch(self, start: int) -> tuple[Chunk, torch.cuda.Event | None]:
         rows = self.table[start : start + self.size]

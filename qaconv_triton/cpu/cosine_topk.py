@@ -21,13 +21,13 @@ from ..common.chunks import WORKSPACE_BYTES, cast
 from ..common.dtypes import accumulation_dtype
 from ..common.norms import unit, with_norms
 from ..common.thresholds import MAX_ELEMENTS, expected_candidates, initial_thresholds
+from ..kernels import config
 from ..progress import Progress
 
 CPU = torch.device("cpu")
 TILE = 512  # rows and columns of a product
 BLOCK_ROWS, BLOCK_COLUMNS = 1024, 2048  # powers of two, at least TILE
 GROUP = 4  # rows whose maximum is compared first, when columns are searched
-ROUNDING = 1e-5  # of a similarity
 COMPACT_ROWS = 256  # buffers that are compacted at a time
 
 
@@ -60,7 +60,8 @@ def cosine_topk(
     def kth_best(sample: slice, rank: int) -> Tensor:
         return _kth_best(queries, table[sample], rnorm_queries, rnorm_keys[sample], rank)
 
-    initial = initial_thresholds(queries, table, k, previous, ROUNDING, kth_best)
+    rounding = 2**-7 if config.precision() == "tf32" else 1e-5  # of products in fp32, as torch takes them
+    initial = initial_thresholds(queries, table, k, previous, rounding, kth_best)
     own = torch.arange(len(queries), device=CPU) if keys is None else None
     search = _Search(*operands, k, initial, own, is_self_search=keys is None, workspace_bytes=workspace_bytes)
     short = []
@@ -209,11 +210,12 @@ class _Search:
             left = self.queries[query_tile].float()
             for start in range(0, width, TILE):
                 skipped_columns, key_tile = _tile(columns, start, len(self.keys))
-                right = self.keys[key_tile].float()
                 out = self.block[top : min(top + TILE, height), start : min(start + TILE, width)]
                 if is_symmetric and start < top:
                     out.copy_(self.block[start : start + TILE, top : top + len(out)].mT)
-                elif skipped_rows or skipped_columns or 1 in (len(left), len(right)):
+                    continue
+                right = self.keys[key_tile].float()
+                if skipped_rows or skipped_columns or 1 in (len(left), len(right)):
                     out.copy_(_product(left, right)[skipped_rows:, skipped_columns:])
                 else:
                     torch.mm(left, right.mT, out=out)
