@@ -178,6 +178,7 @@ def test_tiny_from_the_command_line_to_the_file(op: str, tmp_path: Path, capsys:
         assert every.tflops * every.median_s == pytest.approx(8 * ours.tflops * ours.median_s)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_tiny_in_other_dtypes(dtype: str) -> None:
     for op in ("classes", "pairs"):

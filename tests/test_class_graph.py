@@ -127,7 +127,8 @@ def test_any_threshold_gives_the_same_graph(
         check_exactly(embeddings, 20, values, indices)
 
 
-@pytest.mark.parametrize("dim", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [8, 64])
 def test_a_sample_of_the_keys_is_asked_first(
     dim: int, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -376,6 +376,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[bool, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_checkpoint", [False, True], ids=["plain", "checkpointed"])
 def test_every_rank_remembers_the_batches_of_all(ranks: list[dict[bool, Any]], use_checkpoint: bool) -> None:
     models = [Model(), Model()]

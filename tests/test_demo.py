@@ -21,6 +21,7 @@ def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
     return run
 
 
+@pytest.mark.slow
 def test_demo_writes_its_table_and_pictures(tmp_path: Path) -> None:
     options = ["--classes", "60", "--epochs", "2", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
     run = run_demo(*options)

@@ -198,6 +198,7 @@ def assert_compiles(backend: str, tolerance: float, **options: Any) -> None:
     assert float(expected["output 2"].std()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_training_step(backend: str) -> None:
     assert_compiles("aot_eager", 1e-5)
