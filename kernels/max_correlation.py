@@ -85,12 +85,6 @@ def inverse_norms(gallery: Tensor, inverted: InvertedIndex | None) -> Tensor:
 
 
 @triton.jit
-def _load_tile(p_rows, m_rows, o_c, C, stride_c):
-    """Rows `[X]` of a map at channels `o_c [BC]`: `[X, BC]`."""
-    return tl.load(p_rows + o_c[None, :].to(tl.int64) * stride_c, mask=m_rows[:, None] & (o_c < C)[None, :], other=0.0)
-
-
-@triton.jit
 def _reduce_tile(b_key, o_other, axis: tl.constexpr):
     """Maxima of `[BR, BS]` over an axis, and where the first of each lies among its locations `o_other`."""
     b_best = tl.max(b_key, axis=axis)
@@ -245,13 +239,21 @@ def _forward_kernel(
             b_corr = tl.zeros([BR, BS], tl.float32)
             if RESIDENT:
                 o_c = tl.arange(0, BC)
-                b_neighbor = _load_tile(p_neighbor, m_new_r, o_c, C, stride_gallery_c)
+                b_neighbor = tl.load(
+                    p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
+                    mask=m_new_r[:, None] & (o_c < C)[None, :],
+                    other=0.0,
+                )
                 b_corr = dot(b_neighbor.to(b_map.dtype), b_map, b_corr, PRECISION)
             else:
                 for i_c in range(0, tl.where(i_tile < count, C, 0), BC):
                     o_c = i_c + tl.arange(0, BC)
                     m_c = o_c < C
-                    b_neighbor = _load_tile(p_neighbor, m_new_r, o_c, C, stride_gallery_c)
+                    b_neighbor = tl.load(
+                        p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
+                        mask=m_new_r[:, None] & m_c[None, :],
+                        other=0.0,
+                    )
                     if NORMALIZE_FIRST:
                         b_neighbor = normalized(b_neighbor, b_rnorm)
                     b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
