@@ -105,8 +105,9 @@ def _buffers(config: Config) -> int:
 def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
     """Forward of max correlation: a `[BR, BS]` correlation tile; RESIDENT: with all channels of BS probe locations.
 
-    In half precision these stay in shared memory while neighbours stream past, one tile ahead, where that fits without
-    a spill. Else both maps are read in steps of BC channels.
+    BS and BR are equal, the same in every configuration: `pair_sums` sizes its memory by their bound, `LARGEST_TILE`.
+    In half precision the channels stay in shared memory while neighbours stream past, one tile ahead, where that fits
+    without a spill. Else both maps are read in steps of BC channels.
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
     whole = _power_of_two(channels, 16, 2**16)

@@ -4,6 +4,7 @@ One program of the forward stays on one probe map and streams neighbour maps pas
 registers only. The backward rebuilds the sparse gradient of that correlation from the saved argmax, tile by tile, and
 multiplies it on the tensor cores: `probe_gradient` stays on a probe and streams its neighbours, `gallery_gradient`
 stays on a gallery map and streams the probes that are compared with it. No atomics; the order of every sum is fixed.
+Norms of raw gallery maps are a pass of their own, and `pair_sums` is the forward where only one score per pair is kept.
 """
 
 from __future__ import annotations

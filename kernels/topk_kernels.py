@@ -1,8 +1,9 @@
-"""Kernels of top-k by cosine, and their launches: append, select, sort. README.md has the derivation.
+"""Kernels of top-k by cosine: append (launched by `topk_search.py`), select and sort. README.md has the derivation.
 
 One program multiplies a tile of rows with a tile of columns, and appends what exceeds a row's threshold to the row's
 candidate buffer; within one table every unordered pair of tiles is multiplied once, and what exceeds a column's
-threshold is appended to the column's buffer as well. Candidates are packed as in `common/candidates.py`.
+threshold is appended to the column's buffer as well. Candidates are packed as in `common/candidates.py`. Torch selects
+from buffers that are longer than a kernel can hold in registers.
 """
 
 from __future__ import annotations

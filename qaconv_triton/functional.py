@@ -326,7 +326,7 @@ def max_correlation(
     Raises:
         TypeError: integer or complex maps, index not int64.
         ValueError: shapes or devices that do not fit.
-        IndexError: an index outside `[0, G)` (on CUDA such a pair is NaN, or with `QACONV_TRITON_CHECKS=1`).
+        IndexError: an index outside `[0, G)`; on CUDA such a pair is NaN unless `QACONV_TRITON_CHECKS=1`.
 
     Example:
         >>> maps = torch.randn(2, 8, 3, 3)

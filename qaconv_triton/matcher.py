@@ -222,7 +222,7 @@ class QAConv(nn.Module):
         Raises:
             TypeError: integer or complex features or visibility; labels that are not integers.
             ValueError: shapes or devices that do not fit the module, another string than "same", no class table.
-            IndexError: a label that is not a class (on CUDA those rows are NaN, or with `QACONV_TRITON_CHECKS=1`).
+            IndexError: a label that is not a class; on CUDA such a row is NaN unless `QACONV_TRITON_CHECKS=1`.
         """
         self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         if isinstance(gal_fea, str) and gal_fea != "same":

@@ -1,4 +1,4 @@
-"""Forwards that do not count: those that activation checkpointing runs again, and those that fail.
+"""Undoes side effects of forwards that do not count: rerun by activation checkpointing, or failed.
 
 A forward with side effects (running statistics, a class memory) must have them once, however often it is computed.
 `torch.utils.checkpoint` runs it a second time within the backward pass, in both of its modes.

@@ -1,4 +1,6 @@
-"""From maps to scores: in blocks where memory is to be bounded, then two scalar batch norms around a linear layer."""
+"""From maps to scores, in bounded memory: two scalar batch norms around a linear layer, whose running statistics are
+updated here; the compact `ClassScores`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the backward of max correlation works from."""
+"""The inputs of the backward of max correlation, one tuple for both backends."""
 
 from __future__ import annotations
 

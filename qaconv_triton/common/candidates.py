@@ -1,7 +1,8 @@
 """Candidates of a top-k search, one int64 each: the similarity in sortable form above the complement of the id.
 
 Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and ties are ordered by
-ascending id. The low half is 2^32 - 2 - id, so that no candidate is the largest int64.
+ascending id. The low half is 2^32 - 2 - id, so that no candidate is the largest int64. This is the searches' tie rule:
+`topk_kernels._append` and `_sort_kernel` have it too, `cpu/cosine_topk.py` and `functional._rescored` count on it.
 """
 
 from __future__ import annotations

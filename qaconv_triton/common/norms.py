@@ -1,4 +1,4 @@
-"""Norms of vectors of any finite length: powers of two keep their squares within the range of the dtype.
+"""Euclidean norms of vectors, of any finite value: powers of two keep their squares within the range of the dtype.
 
 Sums of squares of fp32 vectors overflow from a norm of 2e19 on and vanish below 1e-22. Scaling by a power of two is
 exact, so the norm, the unit vector and its gradient are those of the vector as it came.

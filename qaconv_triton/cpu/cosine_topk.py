@@ -6,7 +6,8 @@ so few rows have many more than k candidates; a buffer that is full is compacted
 then the threshold. A row that ends with fewer than k candidates is searched again without an initial threshold.
 
 Candidates are packed as in `common/candidates.py`. Ids arrive in ascending order, so a candidate equal to a threshold
-set by compaction loses the tie and is dropped.
+set by compaction loses the tie and is dropped. In fp64, and on CUDA, where fp64 comes here, the similarity is sorted in
+strips instead.
 """
 
 from __future__ import annotations
