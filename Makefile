@@ -24,21 +24,20 @@ PORTABLE  = $(BIN)/$(PYTEST) -q $(PRODUCTS) $(ARGS)
 ORDERS   := -k 'not triton or cosine_topk or class_graph or lowest or tie'
 TIES     := -k 'not triton or lowest or tie'
 # the tests of measuring need no second version, and compiling for one architecture shows that Triton takes the kernels
-OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench bench_scores gpu_check perf_gate performance report), \
-                  $(wildcard tests/test_*.py))
+OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench perf_gate performance),$(wildcard tests/test_*.py))
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable test-oldest lint format benchmark gpu-check clean
+.PHONY: help demo test test-portable test-oldest lint format benchmark clean
+.PHONY: gpu-check gpu-test gpu-memcheck gpu-racecheck gpu-benchmark gpu-measure gpu-train gpu-profile
 
 help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
-	@echo "                or for the check (make gpu-check ARGS='--minutes 30'; --dry-run works without a GPU)"
 	@echo "WORKERS=2       test processes, THREADS=1 threads in each"
 	@echo "PIP_ARGS='...'  options for pip instead of --quiet: an --index-url, or nothing to watch the installation"
-	@echo "PYTHON=python3  the interpreter that creates .venv; gpu-check runs in its environment"
+	@echo "PYTHON=python3  the interpreter that creates .venv, and that of gpu-check"
 
 demo: $(VENV)/demo.stamp ## train and evaluate a matcher on glyph images, with graph sampling
 	$(BIN)/python examples/glyphs.py $(ARGS)
@@ -54,7 +53,7 @@ test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with
 
 test-oldest: .venv-oldest/test.stamp ## the tests of the library with the oldest torch, Triton and others that it supports
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) $(OLDEST_TESTS) $(ARGS)
-	$(OLDEST)/$(PYTEST) -m slow -k sm_90 tests/test_static.py
+	$(OLDEST)/$(PYTEST) -m slow -k sm_90 tests/static
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check $(SOURCES)
@@ -68,10 +67,43 @@ format: $(VENV)/dev.stamp ## let ruff fix and format the sources
 benchmark: $(VENV)/dev.stamp ## the perf checks, each beside a baseline and checked first; leave the machine idle
 	$(BIN)/python -m pytest --benchmark $(ARGS)
 
-# in an environment that has a torch for the GPU, with nothing to download
-gpu-check: ## test and measure on this machine's GPU, offline, in ten minutes; results in bench/results
+# In an environment that has torch for the GPU and the packages of .[test], with nothing to download. Each step has a time
+# limit and a log; the others go on if one fails. The card's settings are left alone.
+GPU_LOGS ?= out/gpu-check
+logged = mkdir -p $(GPU_LOGS); timeout $(1) $(2) > $(GPU_LOGS)/$@.txt 2>&1; code=$$?; tail -n 20 $(GPU_LOGS)/$@.txt; exit $$code
+
+gpu-check: ## test, sanitize, measure, train and profile on this machine's GPU, in ten minutes; logs in out/gpu-check
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA GPU here"'
 	@$(PYTHON) -c 'import qaconv_triton' 2>/dev/null || $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
-	$(PYTHON) -m bench gpu-check $(ARGS)
+	@$(MAKE) --keep-going --no-print-directory gpu-test gpu-memcheck gpu-racecheck gpu-benchmark gpu-measure gpu-train \
+	    gpu-profile
+
+gpu-test:
+	@$(call logged,240,$(PYTHON) -m pytest -n $(WORKERS) -m 'slow or not slow' --durations 20 --ignore=tests/static \
+	    --ignore=tests/test_bench.py --ignore=tests/test_perf_gate.py)
+
+# without torch's cache each tensor has bounds of its own
+gpu-memcheck gpu-racecheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-memcheck gpu-racecheck: gpu-%:
+	@$(call logged,120,compute-sanitizer --tool $* --error-exitcode 42 --target-processes application-only \
+	    $(PYTHON) -m pytest -q -m smoke tests/test_gpu.py)
+
+gpu-benchmark:
+	@$(call logged,120,$(PYTHON) -m pytest --benchmark --perf-gate-save)
+
+gpu-measure:
+	@$(call logged,180,$(PYTHON) -m bench --device cuda)
+	@$(PYTHON) -m bench report
+
+gpu-train:
+	@$(call logged,90,$(PYTHON) examples/glyphs.py --device cuda)
+
+# at the default tiles: tuning would launch others
+gpu-profile: export QACONV_TRITON_TUNE := 0
+gpu-profile:
+	@$(call logged,90,ncu --set basic --section WarpStateStats --clock-control none --target-processes application-only \
+	    --kernel-name 'regex:_forward_kernel|_append_kernel|_gradient_kernel' --launch-skip 4 --launch-count 4 \
+	    $(PYTHON) -m bench classes --cases 256x10572x256x512x7x7x4 --parts step --providers sparse_grad --repeats 2 --no-save)
 
 clean: ## remove .venv, .venv-oldest, caches and build output
 	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,18 +1,16 @@
-"""Times, peak memory and ceilings, the same way for every op; what fails its check has no number.
+"""Times, peak memory and ceilings, the same way for every op. A wrong result has no time.
 
-An op's module describes its candidates as `Provider`s; `rows` checks them, times them in turn, and accounts for them.
+An op's module describes what it compares as `Provider`s; `rows` checks them, times them in turn and reports them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import platform
 import re
 import statistics
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -21,57 +19,41 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event, Thread
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
-from .table import Row
+from .results import Row
 
-WRITTEN = ("bench/results", "bench/floors.json", "docs/benchmarks.md", "docs/benchmarks")  # by the benchmarks
-FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: what a call reads comes from memory
+GENERATED = ("bench/results", "tests/floors.json", "docs/benchmarks.md", "docs/benchmarks")
+FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: a call reads its inputs from memory
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 CEILING_REPEATS = 5
 
-
-class Verdict(NamedTuple):
-    """What a check says: what is wrong, empty if nothing is, and the share of the truth that was found."""
-
-    wrong: str = ""
-    recall: float | None = None
+Call = Callable[[], Any]
 
 
 class Provider(NamedTuple):
-    """One way to compute a case: timed is `function`, and only if `check` finds its result right."""
+    """One way to compute a case: `function` is timed only if `check` accepts its result."""
 
     name: str
-    function: Callable[[], Any]
-    check: Callable[[Any], Verdict]
+    function: Call
+    check: Callable[
+        [Any], float | None
+    ]  # returns the recall, if there is one; raises AssertionError for a wrong result
     note: str = ""
-    products: torch.dtype | None = None  # dtype of its products, where it is not that of the case
+    products: torch.dtype | None = None  # dtype of its matrix products, if not that of the case
     peak: Callable[[], int | None] | None = None  # bytes above the inputs
-    rounds: int | None = None  # that it takes part in at most, where it is too slow for all
-    flops: float | None = None  # useful operations, where it does another's work than the case's
-    moved: float | None = None  # useful bytes, likewise
-
-
-def attempt(prepare: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """What `prepare` returns; if it raises, a function that raises the same, so that it ends in a row, not the run."""
-    try:
-        return prepare()
-    except Exception as error:
-        failure = error.with_traceback(None)  # which would keep alive what the attempt has left behind
-
-    def fail() -> None:
-        raise failure
-
-    return fail
+    rounds: int | None = None  # the most rounds it takes part in, if it is too slow for all
+    work: tuple[float, float] | None = None  # useful FLOPs and bytes, if not those of the case
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The account of one provider: `seconds` in rising order, none unless `status` is "ok"."""
+    """The times of one provider in ascending order, empty unless `status` is "ok"."""
 
     status: str
     recall: float | None = None
@@ -79,21 +61,33 @@ class Timing:
     ratio: float | None = None
 
     @property
-    def quartiles(self) -> tuple[float, float, float] | None:
+    def quartiles(self) -> tuple[float, ...] | None:
         """Lower quartile, median and upper quartile of the times."""
         if len(self.seconds) < 2:
-            return self.seconds * 3 if self.seconds else None  # type: ignore[return-value]
-        lower, median, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return lower, median, upper
+            return self.seconds * 3 or None
+        return tuple(statistics.quantiles(self.seconds, n=4, method="inclusive"))
 
 
-def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that times one call: by events after an L2 flush on CUDA, else by the wall clock."""
+def attempt(prepare: Callable[[], Call]) -> Call:
+    """Return what `prepare` returns; if it raises, a function that raises the same, so that only this row fails."""
+    try:
+        return prepare()
+    except Exception as error:
+        failure = error.with_traceback(None)  # a traceback would keep tensors alive
+
+    def fail() -> None:
+        raise failure
+
+    return fail
+
+
+def stopwatch(device: torch.device) -> Callable[[Call], float]:
+    """Return a function that times one call: by events after an L2 flush on CUDA, else by the wall clock."""
     if device.type != "cuda":
         return _wall_seconds
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
-    def seconds(function: Callable[[], object]) -> float:
+    def seconds(function: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
             flush.zero_()
@@ -106,71 +100,63 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return seconds
 
 
-def _wall_seconds(function: Callable[[], object]) -> float:
+def _wall_seconds(function: Call) -> float:
     start = perf_counter()
     result = function()
     seconds = perf_counter() - start
-    del result  # after the clock has stopped: giving memory back is not part of the call
+    del result  # freed after the clock has stopped
     return seconds
 
 
 def compare(providers: Sequence[Provider], *, base: str, repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Check the result of each provider's warm-up, then time the right ones in turn, A B C A B C.
+    """Check each provider's first result, then time the correct ones in turn, A B C A B C.
 
-    `ratio` is the median over the rounds of a provider's time over that of `base` in the same round. A provider that
-    raises or whose result is wrong has a status that says so, and no times.
+    `ratio` is the median over the rounds of a provider's time over that of `base` in the same round.
     """
     status: dict[str, str] = {}
     recall: dict[str, float | None] = {}
     for provider in providers:
+        recall[provider.name] = None
         try:
-            verdict = provider.check(provider.function())
-        except Exception as error:  # whatever a candidate raises is its row's affair, not the run's
-            verdict = Verdict()
-            status[provider.name] = f"failed: {_told(error)}"
-        else:
-            status[provider.name] = f"wrong: {verdict.wrong}" if verdict.wrong else "ok"
-        recall[provider.name] = verdict.recall
-        _release(device)
+            recall[provider.name] = provider.check(provider.function())
+            status[provider.name] = "ok"
+        except AssertionError as error:
+            status[provider.name] = f"wrong: {_first_line(error)}"
+        except Exception as error:
+            status[provider.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+        _free_cached_memory(device)
     times: dict[str, list[float]] = {provider.name: [] for provider in providers}
     watch = stopwatch(device)
-    for number in range(repeats):
+    for round_number in range(repeats):
         for provider in providers:
-            if status[provider.name] != "ok" or (provider.rounds is not None and number >= provider.rounds):
+            if status[provider.name] != "ok" or round_number >= (provider.rounds or repeats):
                 continue
             try:
                 times[provider.name].append(watch(provider.function))
             except Exception as error:
-                status[provider.name] = f"failed: {_told(error)}"
-    good = {name: rounds for name, rounds in times.items() if status[name] == "ok"}
+                status[provider.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+    measured = {name: rounds if status[name] == "ok" else [] for name, rounds in times.items()}
     timings = {}
-    for provider in providers:
-        rounds = good.get(provider.name, [])
-        ratios = [own / other for own, other in zip(rounds, good.get(base, []), strict=False)]
+    for name, rounds in measured.items():
+        ratios = [own / other for own, other in zip(rounds, measured.get(base, []), strict=False)]
         ratio = statistics.median(ratios) if ratios else None
-        name = provider.name
         timings[name] = Timing(status[name], recall[name], tuple(sorted(rounds)), ratio)
     return timings
 
 
-def _told(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:160]}"
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]
 
 
-def _release(device: torch.device) -> None:
-    """Give back what a candidate has left, so that the next one does not run out of memory for it."""
+def _free_cached_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def device_peak(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes of torch's CUDA allocator that a call needs at its peak, its output included, above what is there before.
-
-    What other libraries allocate behind torch's back is not seen.
-    """
-    _release(device)
+def device_peak(function: Call, device: torch.device) -> int:
+    """Return the bytes that a call needs at its peak, output included, by torch's CUDA allocator alone."""
+    _free_cached_memory(device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -181,12 +167,11 @@ def device_peak(function: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def resident_peak(build: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> int | None:
-    """Bytes of resident memory that a call needs at its peak, its output included, above its inputs.
+def resident_peak(build: Callable[[], tuple[Call, Call]]) -> int | None:
+    """Return the resident bytes that a call needs at its peak, output included, above its inputs; None without /proc.
 
-    Measured in a fresh process of as many threads, so that nothing freed earlier is silently used again. There, `build`
-    (picklable) makes the inputs and returns a small call, which loads libraries and their buffers, and the call to
-    measure, run once. None where the system has no /proc.
+    Measured in a new process, where no freed memory is reused. There `build` (picklable) makes the inputs and returns
+    a small call, which loads libraries and their buffers, and the call to measure.
     """
     if not Path("/proc/self/status").exists():
         return None
@@ -194,77 +179,60 @@ def resident_peak(build: Callable[[], tuple[Callable[[], object], Callable[[], o
         return pool.submit(_resident_peak, build, torch.get_num_threads()).result()
 
 
-def _resident_peak(build: Callable[[], tuple[Callable[[], object], Callable[[], object]]], threads: int) -> int:
+def _resident_peak(build: Callable[[], tuple[Call, Call]], threads: int) -> int:
     torch.set_num_threads(threads)
     small, call = build()
     small()
     gc.collect()
-    with suppress(AttributeError, OSError):  # glibc alone has it: pages that are free but still resident go back
-        ctypes.CDLL(None).malloc_trim(0)
-    before = _memory("VmRSS")
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the high-water mark back
-    if _memory("VmHWM") > before + 2**20:  # it was not: some containers do not let us
-        return max(_sampled_peak(call) - before, 0)
+    before, sizes, done = _resident_bytes(), [0], Event()
+
+    def sample() -> None:
+        while not done.wait(0.0005):
+            sizes.append(_resident_bytes())
+
+    thread = Thread(target=sample, daemon=True)
+    thread.start()
     result = call()
-    peak = _memory("VmHWM")
-    del result
-    return max(peak - before, 0)
-
-
-def _memory(name: str) -> int:
-    """A size in bytes from this process's status."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None, name
-    return 1024 * int(found[1])
-
-
-def _sampled_peak(call: Callable[[], object]) -> int:
-    """The largest resident size seen by a thread that looks every millisecond."""
-    seen, done = [_memory("VmRSS")], threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.001):
-            seen[0] = max(seen[0], _memory("VmRSS"))
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    result = call()
+    sizes.append(_resident_bytes())
     done.set()
-    watcher.join()
-    peak = max(seen[0], _memory("VmRSS"))
+    thread.join()
     del result
-    return peak
+    return max(max(sizes) - before, 0)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
 
 
 @cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large square torch.mm, at torch's setting of fp32 precision: what a product here can reach."""
+    """TFLOP/s of a large square `torch.mm`, with torch's setting of fp32 precision."""
     size = MATMUL_SIZE[device.type]
     left, right = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    return 2e-12 * size**3 / _typical_seconds(lambda: torch.mm(left, right), device)
+    return 2e-12 * size**3 / _median_seconds(lambda: torch.mm(left, right), device)
 
 
 @cache
 def copy_ceiling(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read and bytes written."""
+    """GB/s of a large copy, bytes read plus bytes written."""
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = source.clone()
-    return 2e-9 * source.numel() / _typical_seconds(lambda: target.copy_(source), device)
+    return 2e-9 * source.numel() / _median_seconds(lambda: target.copy_(source), device)
 
 
-def _typical_seconds(function: Callable[[], object], device: torch.device) -> float:
+def _median_seconds(function: Call, device: torch.device) -> float:
     watch = stopwatch(device)
     return statistics.median([watch(function) for _ in range(CEILING_REPEATS + 1)][1:])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on besides the code of the case."""
+    """What a figure depends on besides its case."""
     return {
         "commit": _commit(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
@@ -272,14 +240,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def _commit() -> str:
-    """The commit that is checked out, "-dirty" if the sources differ from it; results themselves do not count."""
+    """The commit that is checked out, "-dirty" if the sources differ from it."""
 
     def git(*arguments: str) -> str:
-        run = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){path}" for path in WRITTEN))
+        changed = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){path}" for path in GENERATED))
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -292,12 +260,10 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+def _cpu_name() -> str:
     with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
             return found[1].strip()
     return platform.processor() or platform.machine()
 
@@ -311,48 +277,43 @@ def rows(
     base: str,
     repeats: int,
     device: torch.device,
-    flops: float,
-    moved: float | None = None,
+    work: tuple[float, float],
     part: str = "",
     memory: bool = True,
 ) -> list[Row]:
-    """Measure the providers of one case, or of a part of it.
+    """Measure the providers of one case.
 
     Args:
-        op: whose case it is.
-        case: its name.
-        dtype: of its inputs.
+        op: `graph`, `classes` or `pairs`.
+        case: the case's sizes, joined by x.
+        dtype: of the inputs.
         providers: what to measure.
         base: the provider whose time the others are compared with.
         repeats: rounds.
-        device: where the inputs are.
-        flops: useful operations, whatever a provider does, unless it has its own.
-        moved: useful bytes, read or written once, likewise.
-        part: what of the case is measured.
+        device: of the inputs.
+        work: useful FLOPs and bytes of the case, the same for every provider that has none of its own.
+        part: `forward`, `backward`, `step` or `match`.
         memory: whether to measure peak memory.
     """
-    around = environment(device)
-    copy_gbs = copy_ceiling(device)
-    found = []
-    for provider, timing in zip(
-        providers, compare(providers, base=base, repeats=repeats, device=device).values(), strict=True
-    ):
-        name = str(provider.products or dtype).removeprefix("torch.")
-        row: dict[str, Any] = {"products": name, "note": provider.note, "copy_gbs": copy_gbs, "recall": timing.recall}
+    around, copy_gbs = environment(device), copy_ceiling(device)
+    timings = compare(providers, base=base, repeats=repeats, device=device)
+    measured = []
+    for provider in providers:
+        timing, products = timings[provider.name], provider.products or dtype
+        row: dict[str, Any] = {"products": _name(products), "note": provider.note, "copy_gbs": copy_gbs}
+        row["recall"] = timing.recall
         if timing.quartiles is not None:
             lower, median, upper = timing.quartiles
-            ceiling = matmul_ceiling(device, provider.products or dtype)
-            tflops = 1e-12 * (provider.flops or flops) / median
+            flops, moved = provider.work or work
+            ceiling, tflops = matmul_ceiling(device, products), 1e-12 * flops / median
             row |= {"repeats": len(timing.seconds), "median_s": median, "lower_s": lower, "upper_s": upper}
             row |= {"ratio": timing.ratio, "base": base, "tflops": tflops, "matmul_tflops": ceiling}
-            row |= {"share_of_matmul": tflops / ceiling}
-            if useful := provider.moved or moved:
-                row["share_of_copy"] = 1e-9 * useful / median / copy_gbs
+            row |= {"share_of_matmul": tflops / ceiling, "share_of_copy": 1e-9 * moved / median / copy_gbs}
             if memory and provider.peak is not None:
-                try:
-                    row["peak_bytes"] = provider.peak()
-                except Exception as error:
-                    row["note"] = "; ".join(filter(None, [provider.note, f"peak memory failed: {_told(error)}"]))
-        given = str(dtype).removeprefix("torch.")
-        found.append(Row(op, case, provider.name, given, timing.status, part=part, **row, **around))
-    return found
+                row["peak_bytes"] = provider.peak()
+        measured.append(Row(op, case, provider.name, _name(dtype), timing.status, part=part, **row, **around))
+    return measured
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

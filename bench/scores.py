@@ -1,13 +1,10 @@
-"""The matching kernels against what one would use in their place: the class path, and all pairs.
+"""The class path and all pairs beside plain PyTorch.
 
-    python -m bench classes --cases 64x10000x256x512x7x7x4 --parts forward step
-    python -m bench pairs --cases 64x64x512x7x7
+    python -m bench classes --cases 64x10000x256x512x7x7x4 --parts step
+    python -m bench pairs --cases 64x1000x512x7x7
 
-MaxSim, one-sided by itself, is run both ways for all pairs. It is left out of the class path, where the way from a
-class to its few probes is not something that its packages offer.
-
-The class graph is not under test: neighbours are drawn at random. Beside the class path stands the same call without
-labels, which scores every class: what its restriction to K of N classes saves.
+The class graph is not measured here: neighbours are drawn at random. Beside the class path stands the same call without
+labels, which scores every class.
 """
 
 from __future__ import annotations
@@ -24,21 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from . import eager, measure
-from .matching import (
-    TRAINING,
-    Case,
-    Problem,
-    Tolerance,
-    Truth,
-    build,
-    check_gradients,
-    check_scores,
-    tolerance,
-    truth,
-    work,
-)
-from .table import Row
+from . import baselines, measure, problems
+from .problems import TRAINING, Case, Expected, Problem
+from .results import Row
 
 OURS = "qaconv_triton"
 MATCH = ("match",)
@@ -47,124 +32,114 @@ PER_LABEL, VECTORISED, PUBLISHED, TUNED = (
     f"eager, {how}" for how in ("per label", "vectorised", "as published", "tuned")
 )
 EVERY, SPARSE = f"{OURS}, every class", f"{OURS}, sparse_grad"
+_SWEEP = partial(Case, parts=("step",), repeats=3, only=(OURS, PER_LABEL, VECTORISED), slow=(PER_LABEL,))
+_HALF = torch.bfloat16
 TINY = {
     "classes": [Case((6, 40, 5, 16, 3, 2, 2), repeats=2, only=(OURS, PER_LABEL, VECTORISED, SPARSE, EVERY))],
     "pairs": [Case((5, 7, 16, 3, 2), (*TRAINING, *MATCH), repeats=2, only=(OURS, PUBLISHED, TUNED))],
 }
-SWEPT = partial(Case, parts=("step",), repeats=3, only=(OURS, PER_LABEL, VECTORISED), slow=(PER_LABEL,))
 CPU_CASES = {
     "classes": [
         Case((64, 10000, 256, 512, 7, 7, 4)),
         Case((64, 1000, 128, 512, 7, 7, 1)),
-        Case((64, 10000, 256, 512, 7, 7, 4), dtype=torch.bfloat16, repeats=3, only=(OURS, PER_LABEL, VECTORISED)),
-        *(SWEPT((64, classes, 64, 512, 7, 7, 4)) for classes in (1000, 2000, 4000, 8000)),
-        *(SWEPT((64, 2000, k, 512, 7, 7, 4)) for k in (16, 32, 128, 256)),  # 64 is above
+        Case((64, 10000, 256, 512, 7, 7, 4), dtype=_HALF, repeats=3, only=(OURS, PER_LABEL, VECTORISED)),
+        *(_SWEEP((64, classes, 64, 512, 7, 7, 4)) for classes in (1000, 2000, 4000, 8000)),
+        *(_SWEEP((64, 2000, k, 512, 7, 7, 4)) for k in (16, 32, 128, 256)),
     ],
-    "pairs": [
-        Case((64, 64, 512, 7, 7)),
-        Case((64, 1000, 512, 7, 7), MATCH),
-        Case((32, 256, 512, 24, 8), MATCH),
-    ],
+    "pairs": [Case((64, 64, 512, 7, 7)), Case((64, 1000, 512, 7, 7), MATCH), Case((32, 256, 512, 24, 8), MATCH)],
 }
-CUDA_DTYPES = (torch.bfloat16, torch.float32)
 CUDA_CASES = {
     "classes": [
-        *(Case((256, 10572, 256, 512, 7, 7, each), dtype=dtype) for each in (4, 1) for dtype in CUDA_DTYPES),
-        *(SWEPT((256, classes, 256, 512, 7, 7, 4), dtype=torch.bfloat16) for classes in (2500, 5000, 21144)),
-        *(SWEPT((256, 10572, k, 512, 7, 7, 4), dtype=torch.bfloat16) for k in (32, 64, 128)),
+        *(Case((256, 10572, 256, 512, 7, 7, each), dtype=dtype) for each in (4, 1) for dtype in (_HALF, torch.float32)),
+        *(_SWEEP((256, classes, 256, 512, 7, 7, 4), dtype=_HALF) for classes in (2500, 5000, 21144)),
+        *(_SWEEP((256, 10572, k, 512, 7, 7, 4), dtype=_HALF) for k in (32, 64, 128)),
     ],
     "pairs": [
-        *(Case((256, 256, 512, 7, 7), dtype=dtype) for dtype in CUDA_DTYPES),
-        Case((256, 2048, 512, 24, 8), MATCH, torch.bfloat16),
-        Case((3368, 15913, 512, 24, 8), MATCH, torch.bfloat16, repeats=3, only=(OURS,)),
+        *(Case((256, 256, 512, 7, 7), dtype=dtype) for dtype in (_HALF, torch.float32)),
+        Case((256, 2048, 512, 24, 8), MATCH, _HALF),
+        Case((3368, 15913, 512, 24, 8), MATCH, _HALF, repeats=3, only=(OURS,)),
     ],
 }
 
 
 class Method(NamedTuple):
-    """How a provider scores, and whether it does so with another problem than the case's, or to another end."""
+    """How a provider scores, and in what it differs from the case."""
 
     score: Callable[[Problem], Tensor]
-    every: bool = False  # class, whatever the labels
+    every_class: bool = False
     sparse_grad: bool = False
-    sums: bool = False  # of pooled values, not scores
+    sums: bool = False  # it returns sums of pooled values, not scores
     compiled: bool = False
     rounds: int | None = None
     note: str = ""
 
 
 def methods(op: str, part: str, device: torch.device) -> dict[str, Method]:
-    """All there is for a part of an op on a device, by name."""
+    """The providers of a part of an op by name."""
     if op == "classes":
+        compiled = partial(_compiled, baselines.vectorised)
         found = {
             OURS: Method(lambda p: p.matcher(p.probe, labels=p.labels)),
-            PER_LABEL: Method(lambda p: eager.per_label(p.matcher, p.probe, _labels(p))),
-            VECTORISED: Method(lambda p: eager.vectorised(p.matcher, p.probe, _labels(p), p.each)),
+            PER_LABEL: Method(lambda p: baselines.per_label(p.matcher, p.probe, p.labels)),
+            VECTORISED: Method(lambda p: baselines.vectorised(p.matcher, p.probe, p.labels, p.instances)),
             f"{VECTORISED}, compiled": Method(
-                lambda p: _compiled(eager.vectorised)(p.matcher, p.probe, p.labels, p.each, wide=True), compiled=True
+                lambda p: compiled()(p.matcher, p.probe, p.labels, p.instances, wide=True), compiled=True
             ),
         }
         if part == "step":
             found[SPARSE] = Method(found[OURS].score, sparse_grad=True)
         if part != "backward":
-            found[EVERY] = Method(lambda p: p.matcher(p.probe), every=True, rounds=3)
+            found[EVERY] = Method(lambda p: p.matcher(p.probe), every_class=True, rounds=3)
         return found
     if part == "match":
         found = {
-            OURS: Method(lambda p: p.matcher.match(p.probe, p.items)),
-            PUBLISHED: Method(lambda p: eager.match(eager.all_pairs, p.matcher, p.probe, p.items)),
-            TUNED: Method(lambda p: eager.match(eager.all_pairs_tuned, p.matcher, p.probe, p.items)),
+            OURS: Method(lambda p: p.matcher.match(p.probe, p.gallery)),
+            PUBLISHED: Method(lambda p: baselines.match(baselines.all_pairs, p.matcher, p.probe, p.gallery)),
+            TUNED: Method(lambda p: baselines.match(baselines.all_pairs_tuned, p.matcher, p.probe, p.gallery)),
         }
     else:
+        compiled = partial(_compiled, baselines.all_pairs_tuned)
         found = {
-            OURS: Method(lambda p: p.matcher(p.probe, p.items)),
-            PUBLISHED: Method(lambda p: eager.all_pairs(p.matcher, p.probe, p.items)),
-            TUNED: Method(lambda p: eager.all_pairs_tuned(p.matcher, p.probe, p.items)),
-            f"{TUNED}, compiled": Method(
-                lambda p: _compiled(eager.all_pairs_tuned)(p.matcher, p.probe, p.items), compiled=True
-            ),
+            OURS: Method(lambda p: p.matcher(p.probe, p.gallery)),
+            PUBLISHED: Method(lambda p: baselines.all_pairs(p.matcher, p.probe, p.gallery)),
+            TUNED: Method(lambda p: baselines.all_pairs_tuned(p.matcher, p.probe, p.gallery)),
+            f"{TUNED}, compiled": Method(lambda p: compiled()(p.matcher, p.probe, p.gallery), compiled=True),
         }
-    less = "MaxSim both ways: pooled values summed, without batch norms and fc, which is less"
-    if device.type == "cuda" and importlib.util.find_spec("flash_maxsim"):
-        found["flash-maxsim"] = Method(_flash_maxsim, sums=True, note=less)
-    if device.type == "cuda" and importlib.util.find_spec("late_interaction_kernels"):
-        found["late-interaction-kernels"] = Method(_late_interaction, sums=True, note=less)
+    note = "MaxSim both ways: sums of pooled values, without batch norms and fc"
+    for package, score in (("flash_maxsim", _flash_maxsim), ("late_interaction_kernels", _late_interaction)):
+        if device.type == "cuda" and importlib.util.find_spec(package):
+            found[package.replace("_", "-")] = Method(score, sums=True, note=note)
     return found
-
-
-def _labels(problem: Problem) -> Tensor:
-    assert problem.labels is not None
-    return problem.labels
 
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     import torch._functorch.config
 
-    torch._functorch.config.donated_buffer = False  # donated ones would allow a backward pass once only
+    torch._functorch.config.donated_buffer = False  # donated buffers would allow one backward pass only
     return torch.compile(function, dynamic=False)
 
 
 def _flash_maxsim(problem: Problem) -> Tensor:
     from flash_maxsim import flash_maxsim_batched_train
 
-    return _both_ways(partial(flash_maxsim_batched_train, shared_docs=True), problem)
+    return maxsim_both_ways(partial(flash_maxsim_batched_train, shared_docs=True), problem)
 
 
 def _late_interaction(problem: Problem) -> Tensor:
     from late_interaction_kernels import maxsim
 
-    return _both_ways(maxsim, problem)
+    return maxsim_both_ways(maxsim, problem)
 
 
-def _both_ways(maxsim: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
-    """Queries `[Q, S, C]` and documents `[D, S, C]` to the sums of the query locations' best matches `[Q, D]`."""
-    probe, items = (normalize(maps, dim=1).flatten(2).mT.contiguous() for maps in (problem.probe, problem.items))
-    return maxsim(probe, items) + maxsim(items, probe).mT
+def maxsim_both_ways(maxsim: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
+    """Sums of pooled values by a function of queries `[Q, S, C]` and documents `[D, S, C]` that returns `[Q, D]`."""
+    probe, gallery = (normalize(maps, dim=1).flatten(2).mT.contiguous() for maps in (problem.probe, problem.gallery))
+    return maxsim(probe, gallery) + maxsim(gallery, probe).mT
 
 
-def prepare(method: Method, problem: Problem, part: str) -> Callable[[], Any]:
-    """What is timed: a forward pass with what the backward needs, a backward pass, both, or scores alone."""
+def prepare(method: Method, problem: Problem, part: str) -> measure.Call:
+    """What is timed: a forward pass that keeps what the backward needs, a backward pass, both, or scores alone."""
     if part == "match":
         return torch.no_grad()(partial(method.score, problem))
     if part == "forward":
@@ -177,60 +152,51 @@ def prepare(method: Method, problem: Problem, part: str) -> Callable[[], Any]:
 
 
 def providers(
-    op: str, case: Case, part: str, problem: Problem, true: Callable[..., Truth], wanted: Sequence[str] = ()
+    op: str, case: Case, part: str, problem: Problem, wanted: Sequence[str] = ()
 ) -> Iterator[measure.Provider]:
-    """The providers of a part of a case, made one after the other; `wanted`: those with one of these in their names."""
-    device = problem.probe.device
+    """The providers of a part of a case, made one after the other; `wanted` selects by a part of the name."""
+    device, expected = problem.probe.device, cache(problems.expected_result)
     for name, method in methods(op, part, device).items():
         if not (any(text in name for text in wanted) if wanted else not case.only or name in case.only):
             continue
-        scored = problem._replace(labels=None) if method.every else problem
-        own = build(op, case, device, sparse_grad=True) if method.sparse_grad else _apart(scored)
+        scored = problem._replace(labels=None) if method.every_class else problem
+        # batch norms of its own: a retained graph is invalid once their statistics change
+        own = problems.build(op, case, device, sparse_grad=True) if method.sparse_grad else _with_own_norms(scored)
         own.matcher.train(part != "match")
         function = measure.attempt(partial(prepare, method, own, part))
-        check = check_gradients if part in ("backward", "step") else check_scores
-        checked = partial(_checked, check, partial(true, scored, part != "match", method.sums), tolerance(case.dtype))
-        peak: Callable[[], int | None] | None = partial(measure.resident_peak, partial(_calls, op, case, part, name))
-        if device.type == "cuda":
-            peak = partial(measure.device_peak, function, device)
-        flops, moved = work(scored, part)
-        note = f"{flops / work(problem, part)[0]:.1f} times the pairs, all counted" if method.every else method.note
-        yield measure.Provider(
-            name,
-            function,
-            checked,
-            note,
-            peak=None
-            if part == "backward" and device.type != "cuda"
-            else peak,  # its process would hold the graph, too
-            rounds=SLOW_ROUNDS if name in case.slow else method.rounds,
-            flops=flops,
-            moved=moved,
+        peak: Callable[[], int | None] | None = partial(measure.device_peak, function, device)
+        if device.type != "cuda":  # the process of a backward would hold the graph, too
+            peak = None if part == "backward" else partial(measure.resident_peak, partial(_calls, op, case, part, name))
+        work, note = problems.useful_work(scored, part), method.note
+        if method.every_class:
+            note = f"{work[0] / problems.useful_work(problem, part)[0]:.1f}x the pairs, all counted"
+        checked = partial(
+            _check, part, problems.tolerance(case.dtype), partial(expected, scored, part != "match", method.sums)
         )
+        rounds = SLOW_ROUNDS if name in case.slow else method.rounds
+        yield measure.Provider(name, function, checked, note, peak=peak, rounds=rounds, work=work)
 
 
-def _apart(problem: Problem) -> Problem:
-    """The problem with batch norms of its own: a kept graph minds when their statistics change."""
-    shared = {id(kept): kept for kept in (problem.items, problem.matcher.class_neighbors)}
+def _with_own_norms(problem: Problem) -> Problem:
+    shared = {id(kept): kept for kept in (problem.gallery, problem.matcher.class_neighbors)}
     return problem._replace(matcher=copy.deepcopy(problem.matcher, shared))
 
 
-def _checked(
-    check: Callable[[Truth, Tolerance, Any], measure.Verdict], true: Callable[[], Truth], limit: Tolerance, result: Any
-) -> measure.Verdict:
-    return check(true(), limit, result)
+def _check(part: str, limit: problems.Tolerance, expected: Callable[[], Expected], result: Any) -> None:
+    check = problems.check_gradients if part in ("backward", "step") else problems.check_scores
+    check(expected(), limit, result)
 
 
-def _calls(op: str, case: Case, part: str, name: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _calls(op: str, case: Case, part: str, name: str) -> tuple[measure.Call, measure.Call]:
     """A small call and that of the case, for the process in which memory is measured.
 
-    What is compiled, is compiled for its sizes: there the first call is as large as the second.
+    A compiled method is compiled for its sizes: there the first call is as large as the second.
     """
     device = torch.device("cpu")
     method = methods(op, part, device)[name]
 
-    def call(size: Case) -> Callable[[], Any]:
-        problem = build(op, size, device, method.sparse_grad)
+    def call(size: Case) -> measure.Call:
+        problem = problems.build(op, size, device, method.sparse_grad)
         problem.matcher.train(part != "match")
         return prepare(method, problem, part)
 
@@ -239,67 +205,52 @@ def _calls(op: str, case: Case, part: str, name: str) -> tuple[Callable[[], Any]
 
 
 def run(arguments: Namespace) -> Iterator[list[Row]]:
-    """Measure what the command line asks for, and hand out the rows of one part of a case at a time."""
-    device = torch.device(arguments.device)
-    for case in _chosen(arguments, device):
-        yield from _parts(arguments, case, device)
+    """Measure the cases of the command line, one list of rows for each part of a case."""
+    device, op = torch.device(arguments.device), arguments.op
+    for case in selected_cases(arguments):
+        torch.compiler.reset()  # what was compiled for other sizes
+        problem = problems.build(op, case, device)
+        for part in case.parts:
+            rows = measure.rows(
+                op,
+                case.name,
+                case.dtype,
+                list(providers(op, case, part, problem, arguments.providers or ())),
+                base=OURS,
+                repeats=arguments.repeats or case.repeats,
+                device=device,
+                work=problems.useful_work(problem, part),
+                part=part,
+                memory=arguments.memory,
+            )
+            if device.type == "cpu" and part in ("backward", "step"):  # whose gradients are no matrix products
+                rows = [replace(row, share_of_matmul=None) for row in rows]
+            if rows:
+                yield rows
 
 
-def _parts(arguments: Namespace, case: Case, device: torch.device) -> Iterator[list[Row]]:
-    torch.compiler.reset()  # what was compiled for other sizes
-    problem, true = build(arguments.op, case, device), cache(truth)
-    for part in case.parts:
-        if found := _measured(arguments, case, part, problem, true):
-            yield found
+def selected_cases(arguments: Namespace) -> list[Case]:
+    """The cases and parts that the command line names, by default those of the device.
 
-
-def _measured(arguments: Namespace, case: Case, part: str, problem: Problem, true: Callable[..., Truth]) -> list[Row]:
-    flops, moved = work(problem, part)
-    found = measure.rows(
-        arguments.op,
-        case.name,
-        case.dtype,
-        list(providers(arguments.op, case, part, problem, true, arguments.providers or ())),
-        base=OURS,
-        repeats=arguments.repeats or case.repeats,
-        device=problem.probe.device,
-        flops=flops,
-        moved=moved,
-        part=part,
-        memory=arguments.memory,
-    )
-    if problem.probe.device.type == "cpu" and part in ("backward", "step"):  # not by products, see bench.matching
-        found = [replace(row, share_of_matmul=None) for row in found]
-    return found
-
-
-def _chosen(arguments: Namespace, device: torch.device) -> list[Case]:
-    known = TINY if arguments.tiny else CUDA_CASES if device.type == "cuda" else CPU_CASES
-    found = known[arguments.op]
+    Raises:
+        ValueError: the sizes make no case.
+    """
+    op = arguments.op
+    cases = (TINY if arguments.tiny else CUDA_CASES if "cuda" in arguments.device else CPU_CASES)[op]
     if arguments.cases:
-        found = [case for name in arguments.cases for case in _named(arguments.op, name, found)]
-    if arguments.parts:  # of a case that is named any that there are, else those that it has
-        possible = TRAINING if arguments.op == "classes" else (*TRAINING, *MATCH)
-        asked = {case: possible if arguments.cases else case.parts for case in found}
-        found = [case._replace(parts=tuple(p for p in has if p in arguments.parts)) for case, has in asked.items()]
+        cases = [_named(op, name, {case.name: case for case in reversed(cases)}) for name in arguments.cases]
+    if arguments.parts and arguments.cases:  # a named case has any part, the others those that are listed
+        cases = [case._replace(parts=arguments.parts) for case in cases]
+    elif arguments.parts:
+        cases = [case._replace(parts=tuple(part for part in case.parts if part in arguments.parts)) for case in cases]
     if arguments.dtype:
-        dtype = getattr(torch, arguments.dtype)
-        there = {case.name for case in found if case.dtype == dtype}
-        found = [case for case in found if case.dtype == dtype or case.name not in there]
-        found = list(dict.fromkeys(case._replace(dtype=dtype) for case in found))
-    return [case for case in found if case.parts]
+        cases = [case._replace(dtype=getattr(torch, arguments.dtype)) for case in cases]
+    return list({(case.name, case.dtype): case for case in reversed(cases)}.values())[::-1]
 
 
-def _named(op: str, name: str, known: list[Case]) -> list[Case]:
-    """The known cases of that name, or a new one."""
+def _named(op: str, name: str, known: dict[str, Case]) -> Case:
     sizes = tuple(int(size) for size in name.split("x"))
-    if op == "classes":
-        form = "BxNxKxCxHxWxM of B maps, M a class, N classes, K < N neighbours"
-        right = len(sizes) == 7 and min(sizes) > 0 and sizes[2] < sizes[1] and sizes[0] % sizes[6] == 0
-        right = right and sizes[0] // sizes[6] <= sizes[1]
-    else:
-        form, right = "PxGxCxHxW", len(sizes) == 5 and min(sizes) > 0
-    if not right:
+    form = {"classes": "BxNxKxCxHxWxM", "pairs": "PxGxCxHxW"}[op]
+    if len(sizes) != form.count("x") + 1 or min(sizes) < 1:
         raise ValueError(f"{op}: expected a case {form}, got {name!r}")
-    parts = TRAINING if op == "classes" or sizes[0] == sizes[1] else MATCH
-    return [case for case in known if case.name == name] or [Case(sizes, parts)]
+    return known.get(name) or Case(sizes, TRAINING if op == "classes" or sizes[0] == sizes[1] else MATCH)

@@ -1,7 +1,7 @@
 """What every test stands on: kernels that run without a GPU too, poisoned memory, fixed seeds.
 
-Tests run on CUDA where there is one, with compiled kernels, else on the CPU, with interpreted ones. With `--benchmark`
-the perf checks run instead, by pytest-benchmark, and without what would slow them.
+Tests run on CUDA if there is a device, with compiled kernels, else on the CPU with interpreted ones. With `--benchmark`
+the perf checks run instead: see perf_gate.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 # Before CUDA starts: without it cuBLAS refuses to work deterministically.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -22,6 +21,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels' decorator reads it
 
 import sum_orders
+
+pytest_plugins = ["perf_gate"]
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
@@ -37,12 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mixed-sums", action="store_true", help="Sum products in another order at every place: see sum_orders.py."
     )
-    group = parser.getgroup("performance")
-    group.addoption("--benchmark", action="store_true", help="Run the perf checks, and nothing else.")
-    group.addoption(
-        "--perf-gate", action="store_true", help="Fail where a ratio to a baseline is below the committed one."
-    )
-    group.addoption("--perf-gate-save", action="store_true", help="Write the ratios just measured to be committed.")
 
 
 def speed_up_interpreter() -> None:
@@ -65,56 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         speed_up_interpreter()
     if config.getoption("--benchmark"):
-        if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-            raise pytest.UsageError("--benchmark: times of processes beside each other mean nothing, leave -n out")
-        gates = config.getoption("--perf-gate"), config.getoption("--perf-gate-save")
-        if all(gates):
-            raise pytest.UsageError("--perf-gate and --perf-gate-save: a ratio is either checked or saved")
-        if any(gates) and config.getoption("--benchmark-disable", False):
-            raise pytest.UsageError("--perf-gate: with --benchmark-disable there are no times")
         return
-    for option in ("--perf-gate", "--perf-gate-save"):
-        if config.getoption(option):
-            raise pytest.UsageError(f"{option} is about the perf checks: pytest --benchmark {option}")
-    os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see what is shipped
+    os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see the default tiles
     if config.getoption("--mixed-sums"):
         sum_orders.mix_orders()
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `--benchmark` nothing but the perf checks is imported; without it they are there, and skipped."""
-    is_other = collection_path.suffix == ".py" and collection_path.name != "test_performance.py"
-    return True if config.getoption("--benchmark") and is_other else None
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("benchmark") and not config.getoption("--benchmark"):
-            item.add_marker(pytest.mark.skip(reason="a perf check: pytest --benchmark"))
-        elif item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    found = [bench.extra_info for bench in session.benchmarks if "ratio" in bench.extra_info] if session else []
-    if not config.getoption("--benchmark") or not found:
-        return
-    from bench import perf
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    floors = perf.floors(device)
-    terminalreporter.section("times as fast as the baseline")
-    for info in found:
-        floor = f"{floors[info['check']]:.2f}" if info["check"] in floors else "none"
-        peak = "" if info["peak_bytes"] is None else f", {info['peak_bytes'] / 1e6:.1f} MB"
-        terminalreporter.write_line(
-            f"{info['check']}: {info['ratio']:.2f} x {info['baseline']} (committed: {floor})"
-            f"{peak}, {info['tflops']:.3g} of {info['matmul_tflops']:.3g} TFLOP/s"
-        )
-    if config.getoption("--perf-gate-save"):
-        perf.save_floors(found, device)
-        terminalreporter.write_line(f"saved in {perf.FLOORS}")
 
 
 @pytest.fixture(autouse=True)

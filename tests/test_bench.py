@@ -1,147 +1,134 @@
-"""The benchmarks' harness on functions whose behaviour is known, and the class-graph case end to end, small."""
+"""The benchmarks: what they time, what they reject, what they count, and their files, on small cases."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import graph, measure, table
-from bench.measure import Provider, Verdict
+from bench import baselines, graph, measure, problems, report, results, scores
+from bench.measure import Provider
 
 CPU = torch.device("cpu")
 MEGABYTES = 64
-right = Verdict("", 1.0)
+CLASSES, PAIRS = (scores.TINY[op][0]._replace(dtype=torch.float64) for op in ("classes", "pairs"))
+EXACT = problems.Tolerance(1e-12, 1 - 1e-12, 1e-12)
 
 
-def _fine(result: object) -> Verdict:
-    return right
+@pytest.fixture(scope="module", autouse=True)
+def _small_ceilings() -> Iterator[None]:
+    """A large product in half precision takes a minute on a CPU without instructions for it."""
+    with mock.patch.dict(measure.MATMUL_SIZE, cpu=128), mock.patch.dict(measure.COPY_BYTES, cpu=2**20):
+        measure.matmul_ceiling.cache_clear()
+        measure.copy_ceiling.cache_clear()
+        yield
+    measure.matmul_ceiling.cache_clear()
+    measure.copy_ceiling.cache_clear()
 
 
-def _fill(megabytes: int) -> Tensor:
-    return torch.ones(megabytes * 2**18)  # fp32: written, so resident
+def accept(result: object) -> float:
+    return 1.0
 
 
-def _fill_for_a_while() -> Tensor:
-    filled = _fill(MEGABYTES)
-    time.sleep(0.05)
-    return filled[:1].clone()
+def expect_two(result: object) -> None:
+    assert result == 2, f"{result} is not 2"
 
 
-def _build() -> tuple[Callable[[], object], Callable[[], object]]:
-    inputs = _fill(96)  # memory that was there, or was freed before, does not count
-    del inputs
-    return partial(_fill, 1), partial(_fill, MEGABYTES)
+def measured(*providers: Provider, repeats: int = 3) -> list[results.Row]:
+    options = {"base": providers[0].name, "repeats": repeats, "device": CPU, "work": (1e6, 2e6), "part": "step"}
+    return measure.rows("op", "case", torch.float32, providers, **options, memory=False)
 
 
-def test_providers_take_turns_after_one_warm_up_each() -> None:
+# Times
+
+
+def test_providers_run_in_turn_after_a_warm_up_each() -> None:
     calls: list[str] = []
-    providers = [Provider(name, partial(calls.append, name), _fine) for name in "abc"]
+    providers = [Provider(name, partial(calls.append, name), accept) for name in "abc"]
     timings = measure.compare(providers, base="a", repeats=2, device=CPU)
     assert "".join(calls) == "abc" * 3
-    for name in "abc":
-        seconds = timings[name].seconds
-        assert len(seconds) == 2
-        assert seconds == tuple(sorted(seconds))
+    assert all(len(timing.seconds) == 2 for timing in timings.values())
 
 
-def test_ratio_is_the_median_of_the_ratios_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([1.0, 3.0, 2.0, 2.0, 4.0, 8.0])  # a b a b a b: ratios 3, 1, 2, while the medians' is 3 / 2
+def test_the_ratio_is_the_median_of_the_ratios_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 3.0, 2.0, 2.0, 4.0, 8.0])  # a b a b a b: ratios 3, 1, 2; the ratio of the medians is 3 / 2
     monkeypatch.setattr(measure, "stopwatch", lambda device: lambda function: next(clock))
-    providers = [Provider(name, lambda: None, _fine) for name in "ab"]
+    providers = [Provider(name, lambda: None, accept) for name in "ab"]
     timings = measure.compare(providers, base="a", repeats=3, device=CPU)
     assert [timings[name].ratio for name in "ab"] == [1.0, 2.0]
-    assert timings["b"].seconds == (2.0, 3.0, 8.0)
     assert timings["b"].quartiles == (2.5, 3.0, 5.5)
 
 
-def test_one_round_has_a_median() -> None:
-    assert measure.Timing("ok", seconds=(0.5,)).quartiles == (0.5, 0.5, 0.5)
-    assert measure.Timing("wrong: x").quartiles is None
-
-
-def test_a_wrong_result_or_an_error_has_no_number() -> None:
+def test_a_wrong_result_or_an_error_has_no_time() -> None:
     calls: list[str] = []
 
-    def fails() -> None:
-        raise MemoryError("no room\nfor that")
+    def fail(after: int) -> None:
+        calls.append("call")
+        if len(calls) > after:
+            raise MemoryError("no room\nfor that")
 
-    def fails_later() -> None:
-        calls.append("later")
-        if len(calls) > 2:
-            raise RuntimeError("worn out")
-
-    providers = [
-        Provider("right", lambda: 2, lambda result: right if result == 2 else Verdict("not 2")),
-        Provider("wrong", lambda: 3, lambda result: right if result == 2 else Verdict(f"{result} is not 2", 0.5)),
-        Provider("fails", fails, _fine, note="as it must"),
-        Provider("fails later", fails_later, _fine),
-    ]
-    found = measure.rows(
-        "op", "case", torch.float32, providers, base="wrong", repeats=3, device=CPU, flops=1e6, memory=False
-    )
-    assert [row.status for row in found] == [
-        "ok",
-        "wrong: 3 is not 2",
-        "failed: MemoryError: no room",
-        "failed: RuntimeError: worn out",
-    ]
-    assert found[0].ratio is None  # the base has no number
-    assert found[0].median_s is not None
-    for row in found[1:]:
-        numbers = (row.median_s, row.lower_s, row.upper_s, row.ratio, row.tflops, row.share_of_matmul, row.peak_bytes)
-        assert numbers == (None,) * 7
-    printed = table.markdown(found)
-    assert (
-        "| provider | median | quartiles | rounds | useful TFLOP/s | of torch.mm | recall | note |" in printed
-    )  # none is empty
-    assert "| wrong |  |  |  |  |  | 0.50000 | wrong: 3 is not 2 |" in printed
-
-
-def test_a_provider_that_cannot_be_prepared_is_a_row() -> None:
     def prepare() -> Callable[[], object]:
         raise ImportError("no compiler")
 
-    providers = [
-        Provider("right", measure.attempt(lambda: lambda: 2), _fine),
-        Provider("unprepared", measure.attempt(prepare), _fine),
+    rows = measured(
+        Provider("wrong", lambda: 3, expect_two),
+        Provider("right", lambda: 2, expect_two),
+        Provider("fails later", partial(fail, 2), accept),
+        Provider("fails", partial(fail, 0), accept, note="a note"),
+        Provider("unprepared", measure.attempt(prepare), accept),
+    )
+    assert [row.status for row in rows] == [
+        "wrong: 3 is not 2",
+        "ok",
+        "failed: MemoryError: no room",
+        "failed: MemoryError: no room",
+        "failed: ImportError: no compiler",
     ]
-    timings = measure.compare(providers, base="right", repeats=1, device=CPU)
-    assert [timing.status for timing in timings.values()] == ["ok", "failed: ImportError: no compiler"]
+    assert rows[1].median_s is not None
+    assert rows[1].ratio is None  # the base has no time
+    for row in (rows[0], *rows[2:]):
+        assert (row.median_s, row.ratio, row.tflops, row.share_of_matmul, row.share_of_copy) == (None,) * 5
+    assert "| fails |  |  |  |  |  |  |  | failed: MemoryError: no room; a note |" in results.markdown(rows)
 
 
 def test_a_provider_may_have_fewer_rounds_and_other_work() -> None:
-    providers = [
-        Provider("all", lambda: time.sleep(0.001), _fine),
-        Provider("fewer", lambda: time.sleep(0.001), _fine, rounds=2, flops=5e6, moved=7e6),
-    ]
-    every, fewer = measure.rows(
-        "op", "case", torch.float32, providers, base="all", repeats=3, device=CPU, flops=1e6, moved=2e6, part="step"
+    sleep = partial(time.sleep, 0.001)
+    every, fewer = measured(
+        Provider("every", sleep, accept), Provider("fewer", sleep, accept, rounds=2, work=(5e6, 7e6))
     )
     assert (every.repeats, fewer.repeats) == (3, 2)
-    assert every.part == fewer.part == "step"
     for row, flops, moved in ((every, 1e6, 2e6), (fewer, 5e6, 7e6)):
         assert row.tflops == pytest.approx(flops / row.median_s / 1e12)
+        assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
         assert row.share_of_copy == pytest.approx(moved / row.median_s / 1e9 / row.copy_gbs)
-    assert "op case step float32" in table.markdown([every, fewer])
+        assert "op case step float32" in results.markdown([row])
+
+
+def _fill(megabytes: int) -> Tensor:
+    filled = torch.ones(megabytes * 2**18)  # fp32: written, so resident
+    time.sleep(0.02)
+    return filled
+
+
+def _calls() -> tuple[measure.Call, measure.Call]:
+    _fill(96)  # memory that was freed before does not count
+    return partial(_fill, 1), partial(_fill, MEGABYTES)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_peak_memory_of_a_known_allocation() -> None:
-    peak = measure.resident_peak(_build)
+    peak = measure.resident_peak(_calls)
     assert peak is not None
     assert abs(peak - MEGABYTES * 2**20) < 16 * 2**20
-    sampled = measure._sampled_peak(_fill_for_a_while)
-    assert sampled > MEGABYTES * 2**20  # of the whole process
 
 
 @pytest.mark.cuda
@@ -151,167 +138,263 @@ def test_peak_memory_and_time_on_a_gpu(device: torch.device) -> None:
     assert measure.stopwatch(device)(lambda: torch.ones(2**20, device=device)) > 0
 
 
-def _arguments(*given: str) -> list[str]:
-    return ["graph", "--tiny", "--device", "cpu", *given]
+# The class graph
 
 
-def test_the_tiny_graph_case_from_the_command_line_to_the_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def tiny() -> tuple[graph.Case, Tensor, graph.Expected]:
+    table = graph.synthetic_table(graph.TINY, CPU)
+    return graph.TINY, table, graph.expected_neighbors(graph.TINY, table)
+
+
+def test_expected_neighbors_are_those_of_the_whole_matrix(tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
+    case, table, expected = tiny
+    wide = table.double()
+    similarities = wide @ wide.T / wide.norm(dim=1) / wide.norm(dim=1, keepdim=True)
+    best = similarities.fill_diagonal_(-math.inf)[expected.rows].topk(case.k)
+    assert torch.equal(expected.ids, best.indices)
+    assert torch.allclose(expected.values, best.values)
+    # the table has groups, and norms that differ
+    assert expected.values[:, 0].median() > similarities.clamp_min(-1).median() + 0.4
+    assert table.norm(dim=1).max() > 3 * table.norm(dim=1).min()
+
+
+def test_a_wrong_graph_is_rejected(tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
+    case, table, expected = tiny
+    similarities, ids = graph._strips(case, table, 100)()
+    assert similarities is not None
+    check = partial(graph.check, case, expected, 1e-5, 1e-5)
+    assert check((similarities, ids)) == 1.0
+    assert check((None, ids.flip(1))) == 1.0  # a set
+    row, far = int(expected.rows[3]), int(expected.similarities[3].argsort()[case.k])
+
+    def changed(tensor: Tensor, column: int, value: float) -> Tensor:
+        copy = tensor.clone()
+        copy[row, column] = value
+        return copy
+
+    far_similarity = float(expected.similarities[3, far])
+    rejected: list[tuple[graph.Graph, str]] = [
+        ((None, changed(ids, -1, far)), "neighbours are less similar"),
+        ((changed(similarities, -1, far_similarity), changed(ids, -1, far)), "neighbours are less similar"),
+        ((similarities.flip(1), ids.flip(1)), "neighbours are less similar"),
+        ((similarities, changed(ids, -1, far)), "similarities are off"),
+        ((changed(similarities, 0, math.nan), ids), "similarities are off by nan"),
+        ((similarities, changed(ids, 0, row)), "a class is its own neighbour"),
+        ((similarities, changed(ids, 0, int(ids[row, 1]))), "a neighbour is listed twice"),
+        ((similarities, changed(ids, 0, case.classes)), "id 600 of 600 classes"),
+        ((similarities, changed(ids, 0, -1)), "id -1 is negative"),
+        ((similarities, ids[:, 1:]), r"ids \[600, 8\] instead of \[600, 9\]"),
+    ]
+    for result, message in rejected:
+        with pytest.raises(AssertionError, match=message):
+            check(result)
+
+
+@pytest.mark.parametrize("rescore", [False, True])
+def test_bf16_graphs_have_the_errors_they_claim(rescore: bool, tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
+    case, table, expected = tiny
+    half = graph.rounding_error(torch.bfloat16, case.dim)
+    value_error = graph.rounding_error(torch.float32, case.dim) if rescore else half
+    result = graph._ours(case, table, torch.bfloat16, rescore)()
+    assert graph.check(case, expected, half, value_error, result) > 0.9
+
+
+def test_exclude_self_drops_the_last_if_a_class_is_not_in_its_list() -> None:
+    ids = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 3]])
+    similarities, others = graph.exclude_self(torch.tensor([[0.9, 0.8, 0.7]]).expand(3, 3), ids)
+    assert others.tolist() == [[1, 2], [0, 2], [0, 1]]
+    assert torch.equal(similarities, torch.tensor([[0.8, 0.7], [0.9, 0.7], [0.9, 0.8]]))
+
+
+# Class path and all pairs
+
+
+@pytest.fixture
+def classes() -> problems.Problem:
+    return problems.build("classes", CLASSES, CPU)
+
+
+@pytest.fixture
+def pairs() -> problems.Problem:
+    return problems.build("pairs", PAIRS, CPU)
+
+
+def gradients_of(problem: problems.Problem, values: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(values, problem.inputs("backward"), problem.upstream))
+
+
+def test_the_expected_result_is_that_of_the_baselines(classes: problems.Problem, pairs: problems.Problem) -> None:
+    matcher, maps = classes.matcher, classes.gallery
+    for problem, values in (
+        (classes, baselines.per_label(matcher, classes.probe, classes.labels)),
+        (classes, baselines.vectorised(matcher, classes.probe, classes.labels, 2)),
+        (classes._replace(labels=None), baselines.all_pairs(matcher, classes.probe, maps)),
+        (pairs, baselines.all_pairs(pairs.matcher, pairs.probe, pairs.gallery)),
+        (pairs, baselines.all_pairs_tuned(pairs.matcher, pairs.probe, pairs.gallery)),
+    ):
+        expected = problems.expected_result(problem, training=True)
+        problems.check_scores(expected, EXACT, values)
+        problems.check_gradients(expected, EXACT, gradients_of(problem, values))
+    pairs.matcher.eval()
+    values = baselines.match(baselines.all_pairs, pairs.matcher, pairs.probe, pairs.gallery)
+    problems.check_scores(problems.expected_result(pairs, training=False), EXACT, values)
+
+
+def test_a_sample_of_a_large_problem_is_part_of_the_whole(
+    pairs: problems.Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command.main(_arguments("--no-memory", "--output", str(tmp_path)))
-    (path,) = tmp_path.glob("*/graph.csv")
-    found = {row.provider: row for row in table.read(path)}
-    assert set(found) >= {"qaconv_triton", "qaconv_triton warm", "blocked mm + topk"}
-    assert set(found) == set(graph.methods(graph.TINY, CPU))
+    whole, in_eval = (problems.expected_result(pairs, training) for training in (True, False))
+    monkeypatch.setattr(problems, "BLOCK", 3 * 5 * 6**2)  # three gallery maps at a time
+    monkeypatch.setattr(problems, "MAX_EXPECTED_PAIRS", 14)
+    sample = problems.expected_result(pairs, training=True)
+    assert sample.ids.tolist() == [0, 1, 2]
+    assert torch.allclose(sample.scores, whole.scores, atol=1e-12)
+    assert torch.allclose(sample.gallery, whole.gallery[:3], atol=1e-12)
+    assert torch.allclose(sample.probe, whole.probe[:2], atol=1e-12)
+    some = problems.expected_result(pairs, training=False)
+    assert some.rows.tolist() == [0, 4]
+    assert torch.allclose(some.scores, in_eval.scores[[0, 4]], atol=1e-12)
+
+
+def test_wrong_scores_and_gradients_are_rejected(classes: problems.Problem) -> None:
+    expected, limit = problems.expected_result(classes, training=True), problems.tolerance(torch.float32)
+    values = baselines.vectorised(classes.matcher, classes.probe, classes.labels, 2)
+    gradients = gradients_of(classes, values)
+    column = int((expected.scores[0] == 0).nonzero()[0])
+    for value, message in ((float("nan"), "scores are not finite"), (0.1, "scores are off")):
+        changed = values.detach().clone()
+        changed[0, column] = value
+        with pytest.raises(AssertionError, match=message):
+            problems.check_scores(expected, limit, changed)
+    for part in (values[:, :-1], values[:-1]):
+        with pytest.raises(AssertionError, match=r"scores \["):
+            problems.check_scores(expected, limit, part)
+    elsewhere = gradients[1].clone()
+    elsewhere[expected.untouched[-1], 3, 1, 0] = 1e-30
+    ids = expected.ids[1:].unsqueeze(0)
+    fewer = torch.sparse_coo_tensor(ids, gradients[1][ids[0]], gradients[1].shape, check_invariants=True)
+    for position, gradient, message in (
+        (1, elsewhere, "a row that was not scored has a gradient"),
+        (1, fewer, "the sparse gradient is of other rows than those scored"),
+        (1, gradients[1].roll(1, dims=3), "gradient of gallery: cosine"),
+        (0, gradients[0] * 1.1, "gradient of probe: 1.100x"),
+        (0, gradients[0] * torch.nan, "gradient of probe: cosine nan"),
+        (2, -gradients[2], "gradient of fc.weight: cosine -1"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            problems.check_gradients(expected, limit, [*gradients[:position], gradient, *gradients[position + 1 :]])
+
+
+def test_maxsim_both_ways_is_the_sum_of_pooled_values(pairs: problems.Problem) -> None:
+    def maxsim(queries: Tensor, documents: Tensor) -> Tensor:
+        return torch.einsum("qsc,drc->qdsr", queries, documents).amax(3).sum(2)
+
+    method = scores.Method(partial(scores.maxsim_both_ways, maxsim), sums=True)
+    expected = problems.expected_result(pairs, training=True, sums=True)
+    problems.check_scores(expected, EXACT, scores.prepare(method, pairs, "forward")())
+    for part in ("backward", "step"):
+        problems.check_gradients(expected, EXACT, scores.prepare(method, pairs, part)())
+
+
+def test_useful_work(classes: problems.Problem, pairs: problems.Problem) -> None:
+    flops = 2 * 6 * 6 * 16
+    work = problems.useful_work
+    assert [work(classes, part)[0] / (6 * 5 * flops) for part in problems.TRAINING] == [1, 2, 3]
+    assert work(classes._replace(labels=None), "forward")[0] == 6 * 40 * flops
+    maps, values, pooled = 8 * (5 + 7) * 6 * 16, 8 * 5 * 7, 5 * 7 * 12 * (8 + 1)
+    assert work(pairs, "match") == (5 * 7 * flops, maps + values)
+    assert work(pairs, "forward")[1] == maps + values + pooled
+    assert work(pairs, "step")[1] == 3 * maps + 2 * (values + pooled)
+    assert graph.useful_work(graph.TINY) == (600 * 599 * 64, 4 * 600 * 64 + 600 * 9 * (4 + 8))
+
+
+# From the command line to the files
+
+
+@pytest.mark.parametrize("op", ["graph", "classes", "pairs"])
+def test_tiny_cases_from_the_command_line_to_the_file(
+    op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main([op, "--tiny", "--device", "cpu", "--no-memory", "--output", str(tmp_path)])
+    (path,) = tmp_path.glob(f"*/{op}.csv")
+    found = {(row.part, row.provider): row for row in results.read(path)}
+    if op == "graph":
+        assert set(found) == {("", name) for name in graph.methods(graph.TINY, CPU)}
+    else:
+        (case,) = scores.TINY[op]
+        assert set(found) == {
+            (part, name) for part in case.parts for name in scores.methods(op, part, CPU) if name in case.only
+        }
     printed = capsys.readouterr().out
-    for name, row in found.items():
+    for (part, name), row in found.items():
         assert row.status == "ok", row
-        assert row.recall == 1.0
-        assert row.repeats == graph.TINY.repeats
-        assert row.base == "qaconv_triton"
-        assert row.op == "graph"
-        assert (row.case, row.dtype, row.products) == ("600x64x9", "float32", "float32")
+        assert row.base == graph.OURS
         assert row.lower_s <= row.median_s <= row.upper_s
-        assert row.tflops == pytest.approx(600 * 599 * 64 / row.median_s / 1e12)
-        useful = 4 * 600 * 64 + 600 * 9 * (4 + 8)  # the table, similarities and ids
-        assert row.share_of_copy == pytest.approx(useful / row.median_s / 1e9 / row.copy_gbs)
-        assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
-        assert min(row.ratio, row.copy_gbs, row.threads) > 0
-        assert row.peak_bytes is None
-        assert row.torch == torch.__version__
-        assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", row.commit)
-        assert all([row.device, row.triton, row.date])
+        assert min(row.ratio, row.tflops, row.share_of_copy, row.threads) > 0
+        assert row.recall == (1.0 if op == "graph" else None)
+        assert " ".join(filter(None, [op, row.case, part, "float32"])) in printed
         assert f"| {name} |" in printed
-    assert found["qaconv_triton"].ratio == 1.0
+    if op == "classes":
+        every, ours = found["step", scores.EVERY], found["step", scores.OURS]
+        assert every.note == "8.0x the pairs, all counted"
+        assert every.tflops * every.median_s == pytest.approx(8 * ours.tflops * ours.median_s)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_rows_carry_peak_memory() -> None:
-    options = command.parser().parse_args(_arguments("--providers", "blocked", "--repeats", "1"))
-    ((row,),) = graph.run(options)
-    assert row.status == "ok"
-    similarities = 4 * 600 * 600
-    assert similarities / 2 < row.peak_bytes < similarities + 16 * 2**20
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.filterwarnings("default")  # of torch.compile
+def test_tiny_cases_in_other_dtypes_and_compiled(dtype: str) -> None:
+    for options in ([], ["--providers", "compiled"]):
+        for op in ("classes", "pairs"):
+            given = [op, "--tiny", "--dtype", dtype, "--device", "cpu", "--no-memory", *options]
+            for rows in scores.run(command.parser().parse_args(given)):
+                assert [row.status for row in rows] == ["ok"] * len(rows), rows
 
 
-def test_rows_survive_the_file_and_replace_their_predecessors(tmp_path: Path) -> None:
-    full = table.Row(
+def test_cases_are_selected_by_name_part_and_dtype() -> None:
+    def selected(*given: str) -> list[problems.Case]:
+        return scores.selected_cases(command.parser().parse_args([*given, "--device", "cpu"]))
+
+    for op in ("classes", "pairs"):
+        assert selected(op) == scores.CPU_CASES[op]
+        for case in scores.CPU_CASES[op]:
+            assert [again.sizes for again in selected(op, "--cases", case.name)] == [case.sizes]
+    assert [case.parts for case in selected("pairs", "--parts", "step", "match")] == [("step",), ("match",), ("match",)]
+    half = selected("classes", "--dtype", "bfloat16")
+    assert {case.dtype for case in half} == {torch.bfloat16}
+    assert len({case.name for case in half}) == len(half)
+    assert selected("pairs", "--cases", "8x9x4x2x2")[0].parts == scores.MATCH
+    for op, name in (("classes", "64x64x512x7x7"), ("pairs", "8x8"), ("pairs", "8x8x0x2x2")):
+        with pytest.raises(ValueError, match=name):
+            selected(op, "--cases", name)
+
+
+def test_rows_survive_the_file_and_replace_earlier_ones(tmp_path: Path) -> None:
+    row = results.Row(
         "graph", "9x9x9", "ours", "float32", "ok", 5, 0.1, 0.09, 0.2, 1 / 3, "ours", 7, 1e-9, 0.5, 2e-9, 12.5, 1.0,
         "float32", 'a, "quoted" note', "abc1234", "2.0", "3.0", "Some CPU @ 2 GHz", 2, "2000-01-01 00:00",
         part="forward", share_of_copy=0.25,
     )  # fmt: skip
-    assert all(getattr(full, field.name) != field.default for field in dataclasses.fields(full))
-    wrong = table.Row("graph", "9x9x9", "theirs", "float32", "wrong: x", device=full.device, threads=2)
-    (path,) = table.save([full, wrong], tmp_path)
+    assert all(getattr(row, field.name) != field.default for field in dataclasses.fields(row))
+    (path,) = results.save([row], tmp_path)
     assert path == tmp_path / "some-cpu-2-ghz" / "graph.csv"
-    assert table.read(path) == [full, wrong]
-    newer = dataclasses.replace(full, median_s=0.3)
-    table.save([newer], tmp_path)
-    other = dataclasses.replace(full, dtype="bfloat16")
-    table.save([other], tmp_path)
-    assert table.read(path) == [newer, wrong, other]
-    backward = dataclasses.replace(newer, part="backward")
-    table.save([backward], tmp_path)
-    assert table.read(path) == [newer, wrong, other, backward]
+    assert results.read(path) == [row]
+    newer = dataclasses.replace(row, median_s=0.3)
+    others = [dataclasses.replace(newer, dtype="bfloat16"), dataclasses.replace(newer, part="backward")]
+    results.save([newer, *others], tmp_path)
+    assert results.read(path) == [newer, *others]
 
 
-def test_files_of_before_a_column_was_there_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "graph.csv"
-    path.write_text("op,case,provider,dtype,status,repeats\ngraph,9x9x9,ours,float32,ok,5\n", encoding="utf-8")
-    assert table.read(path) == [table.Row("graph", "9x9x9", "ours", "float32", "ok", 5)]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[graph.Case, Tensor, graph.Truth]:
-    values = graph.table(graph.TINY, CPU)
-    return graph.TINY, values, graph.truth(graph.TINY, values)
-
-
-def test_the_truth_is_right_and_the_table_varied(tiny: tuple[graph.Case, Tensor, graph.Truth]) -> None:
-    case, values, true = tiny
-    wide = values.double()
-    similarities = wide @ wide.T / wide.norm(dim=1) / wide.norm(dim=1, keepdim=True)
-    similarities.fill_diagonal_(-math.inf)
-    expected = similarities[true.rows].topk(case.k)
-    assert torch.equal(true.ids, expected.indices)
-    assert torch.allclose(true.values, expected.values)
-    assert len(true.rows) == graph.SAMPLE
-    assert torch.equal(values, graph.table(case, CPU))
-    lengths = values.norm(dim=1)
-    assert lengths.max() > 3 * lengths.min()
-    # groups: the best neighbour is far more like a class than the typical other one
-    assert true.values[:, 0].median() > similarities.clamp_min(-1).median() + 0.4
-
-
-def test_the_check_sees_what_is_wrong(tiny: tuple[graph.Case, Tensor, graph.Truth]) -> None:
-    case, values, true = tiny
-    similarities, ids = graph._strips(case, values, 100)()
-    checked = partial(graph.check, case, true, 1e-5, 1e-5)
-    assert checked((similarities, ids)) == right
-    assert checked((None, ids.flip(1))) == right  # a set
-    row = int(true.rows[3])
-    far = int(true.similarities[3].argsort()[case.k])
-
-    def spoiled(column: int, value: float, of: Tensor) -> Tensor:
-        spoilt = of.clone()
-        spoilt[row, column] = value
-        return spoilt
-
-    swapped = similarities.clone()
-    swapped[row, -1] = true.similarities[3, far]
-    assert checked((swapped, spoiled(-1, far, ids))).wrong.startswith("neighbours that are")
-    assert checked((None, spoiled(-1, far, ids))).wrong.startswith("neighbours that are")
-    assert checked((None, spoiled(-1, far, ids))).recall == pytest.approx(1 - 1 / true.ids.numel())
-    assert checked((similarities, spoiled(-1, far, ids))).wrong.startswith("similarities are off")
-    assert checked((similarities.flip(1), ids.flip(1))).wrong.startswith("neighbours that are")
-    assert checked((spoiled(0, math.nan, similarities), ids)).wrong.startswith("similarities are off by nan")
-    assert checked((similarities, spoiled(0, row, ids))).wrong == "a class is its own neighbour"
-    assert checked((similarities, spoiled(0, int(ids[row, 1]), ids))).wrong == "a neighbour twice in a list"
-    assert checked((similarities, spoiled(0, case.classes, ids))).wrong == "ids outside [0, 600)"
-    assert checked((similarities, ids[:, 1:])).wrong == "ids [600, 8] instead of [600, 9]"
-
-
-@pytest.mark.parametrize("make", [graph._ours, graph._warm, graph._bf16, graph._rescored])
-def test_what_a_gpu_runs_besides(
-    make: Callable[[graph.Case, Tensor], Callable[[], graph.Graph]], tiny: tuple[graph.Case, Tensor, graph.Truth]
-) -> None:
-    case, values, true = tiny
-    choice = graph.rounding(torch.float32 if make in (graph._ours, graph._warm) else torch.bfloat16, case.dim)
-    value = choice if make is graph._bf16 else graph.rounding(torch.float32, case.dim)
-    verdict = graph.check(case, true, choice, value, make(case, values)())
-    assert verdict.wrong == ""
-    assert verdict.recall > 0.9
-
-
-def test_without_self_drops_the_last_where_a_class_is_not_in_its_list() -> None:
-    ids = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 3]])
-    similarities = torch.tensor([[0.9, 0.8, 0.7]]).expand(3, 3)
-    kept, others = graph._without_self(similarities, ids)
-    assert others.tolist() == [[1, 2], [0, 2], [0, 1]]
-    assert torch.equal(kept, torch.tensor([[0.8, 0.7], [0.9, 0.7], [0.9, 0.8]]))
-
-
-def test_cases_by_name_and_dtype() -> None:
-    def chosen(*given: str) -> list[graph.Case]:
-        options = command.parser().parse_args(["graph", "--device", "cuda", *given])
-        return graph._chosen(options, torch.device(options.device))
-
-    assert {case.dtype for case in chosen()} == {torch.bfloat16, torch.float32}
-    half = chosen("--dtype", "bfloat16")
-    assert {case.dtype for case in half} == {torch.bfloat16}
-    assert [case.name for case in half] == list(dict.fromkeys(case.name for case in chosen()))  # each size once
-    assert [case for case in chosen() if case.dtype == torch.bfloat16] == half  # which are all there in bf16
-    swept = [case.classes for case in half if (case.dim, case.k) == (512, 256)]
-    assert sorted(swept) == [10572, 20000, 42871, 85742]
-    assert len(set(graph.CPU_CASES)) == len({case.name for case in graph.CPU_CASES}) == len(graph.CPU_CASES)
-    at_64 = {case.classes for case in graph.CPU_CASES if (case.dim, case.k) == (512, 64)}
-    assert at_64 == {2500, 5000, 10000, 20000, 40000, 60000}
-    assert {case.k for case in graph.CPU_CASES if case.classes == 10000} == {16, 64, 256}
-    assert [case.name for case in chosen("--cases", "85742x512x256", "50x8x3")] == ["85742x512x256"] * 2 + ["50x8x3"]
-    for case in (*chosen(), *graph.CPU_CASES):
-        for device in ("cpu", "cuda"):
-            assert "qaconv_triton" in graph.methods(case, torch.device(device))
-    with pytest.raises(ValueError, match="50x8x50"):
-        chosen("--cases", "50x8x50")
-    with pytest.raises(SystemExit):
-        chosen("--cases", "50xlarge")
+def test_the_committed_page_is_written_from_the_committed_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.main(["--output", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert page == (report.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert pictures == {path.relative_to(report.DOCS).as_posix() for path in report.DOCS.glob("benchmarks/*/*.png")}
+    assert all(f"]({name})" in page for name in pictures)
+    rows = [row for path in results.RESULTS.glob("*/*.csv") for row in results.read(path)]
+    assert all(results.time(row.median_s) in page for row in rows)
+    commands = {f"`python -m bench {row.op} --cases {row.case} " for row in rows if row.op != "compile"}
+    assert all(command in page for command in commands)

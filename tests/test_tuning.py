@@ -20,7 +20,6 @@ import pytest
 import torch
 from tolerances import assert_gradients, assert_values
 
-from bench import workloads
 from qaconv_triton import functional, reference, warmup
 from qaconv_triton.kernels import config
 
@@ -507,7 +506,10 @@ def test_a_tuned_search_is_right(
         found = functional.class_neighbors(embeddings, 7, return_similarities=True)
     else:
         found = functional.topk_cosine(embeddings, keys, 7)
-    assert workloads.wrong_neighbors(embeddings.cpu(), keys.cpu(), *found, exclude_self=same) == ""
+    unit = [reference.normalize(vectors.double().cpu()) for vectors in (embeddings, keys)]
+    expected = reference.cosine_topk(*unit, 7, same)[0]
+    assert_values(found[0].cpu(), expected, torch.float32)
+    assert_values((unit[0] @ unit[1].mT).gather(1, found[1].cpu()), expected, torch.float32)
     assert len(tried) == (2 * 2 if same else len(config.cosine_topk(16, 4)))
     variants = {variant.split()[-1] for _, _, variant, _ in tuning.selected}
     assert variants == ({"self", "cross"} if same else {"cross"})  # a graph's first thresholds come from a sample

@@ -1,7 +1,5 @@
 """Variables that a loop of a kernel assigns and a later turn reads, but that Triton does not carry from turn to turn.
 
-    python -m bench.loop_carries --arch 90
-
 Triton's front end finds what a loop carries by comparing values before and after one turn. A variable that is an alias
 of another at the loop's entry, and is made one again at the end of its body (`i_g = i_next_g` in both places), looks
 unchanged: every turn then reads its first value. The interpreter runs such a kernel as it is written, so only the
@@ -11,23 +9,18 @@ says.
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 from unittest import mock
 
 from triton.compiler import code_generator
 
-from qaconv_triton.kernels import config
-
-from . import static
+from . import launches
 
 
 @dataclass(frozen=True)
@@ -44,9 +37,9 @@ class _Lowered(Exception):
     """Ends a compilation behind its front end."""
 
 
-def loops_of(recorder: static.Recorder, arch: str) -> list[Loop]:
+def loops_of(recorder: launches.Recorder, arch: str) -> list[Loop]:
     """Every loop of a recorded launch, as compiled for `arch`."""
-    kernel, constants = recorder.kernel, static.specialised(recorder)[1]
+    kernel, constants = recorder.kernel, launches.specialised(recorder)[1]
     known = {kernel.arg_names[position]: value for (position,), value in constants.items()}
     expected = sorted(carried_in_source(kernel.src, known).items())
     carried = carried_in_ttir(_front_end_output(recorder, arch))
@@ -57,7 +50,7 @@ def loops_of(recorder: static.Recorder, arch: str) -> list[Loop]:
     ]
 
 
-def _front_end_output(recorder: static.Recorder, arch: str) -> str:
+def _front_end_output(recorder: launches.Recorder, arch: str) -> str:
     """TTIR with the names of variables, which the passes behind the front end drop."""
     front_end = code_generator.ast_to_ttir
 
@@ -69,7 +62,7 @@ def _front_end_output(recorder: static.Recorder, arch: str) -> str:
         mock.patch.object(code_generator, "ast_to_ttir", stop),
     ):
         try:
-            static.compile_for(recorder, arch)
+            launches.compile_for(recorder, arch)
         except _Lowered as found:
             return str(found)
     raise AssertionError("the compiler did not call its front end")
@@ -163,22 +156,3 @@ class _Liveness:
         except NameError:
             return [node.body, node.orelse]
         return [node.body if test else node.orelse]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print the loops of every shipped kernel as JSON."""
-    parser = argparse.ArgumentParser("python -m bench.loop_carries", description=main.__doc__)
-    parser.add_argument("--arch", type=static.architecture, default="sm_90")
-    arch = parser.parse_args(arguments).arch
-    found: dict[str, list[Loop]] = {}
-    with mock.patch.object(config, "generation", return_value=static.generation_of(arch)):
-        for case in static.cases():
-            recorder, _ = static.record(case)
-            key = static.compile_key(recorder)
-            if key not in found:
-                found[key] = loops_of(recorder, arch)
-    json.dump([asdict(loop) for loops in found.values() for loop in loops], sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

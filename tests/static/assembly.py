@@ -79,16 +79,16 @@ def _amd(assembly: str) -> Code:
     for lds, width, rest in re.findall(form, assembly, re.MULTILINE):
         loads[bool(lds) or rest.endswith(" lds")].append(AMD_WIDTHS[width])
 
-    def told(name: str) -> int:
+    def metadata(name: str) -> int:
         found = re.search(rf"^\s+(?:- )?\.{name}:\s+(\d+)$", assembly, re.MULTILINE)
         assert found is not None, name
         return int(found[1])
 
     return Code(
-        registers=told("vgpr_count"),
-        stack=told("private_segment_fixed_size"),
-        local=max(sum(name.startswith("scratch_") for name in names), told("vgpr_spill_count")),
-        scalar_spills=told("sgpr_spill_count"),
+        registers=metadata("vgpr_count"),
+        stack=metadata("private_segment_fixed_size"),
+        local=max(sum(name.startswith("scratch_") for name in names), metadata("vgpr_spill_count")),
+        scalar_spills=metadata("sgpr_spill_count"),
         instructions=len(names),
         tensor_core=_products(Counter(re.sub("^v_mfma.*", "v_mfma", name) for name in names)),
         async_copies=len(loads[True]),

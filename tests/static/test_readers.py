@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import barriers, loop_carries
+from . import barriers, loop_carries
 
 ALIAS = """
 def kernel(p_index, p_out, count, FLAG: tl.constexpr):

@@ -1,6 +1,6 @@
 """Every kernel compiles for GPUs that are not there, onto tensor cores, with wide loads and without spills.
 
-What the compiler makes of the kernels is committed as tables under `bench/results/static/`: a change shows in review.
+What the compiler makes of the kernels is committed as tables: a change shows in review.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from bench import static  # noqa: E402
+from . import report  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-Reports = list[static.Report]
+Reports = list[report.Report]
 
 ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # the code for sm_89 is that for sm_86: see below
 TENSOR_CORE = {
@@ -48,12 +48,12 @@ KNOWN_SPILLS = {"gfx942": {"probe gradient C=512 S=49 fp16"}}  # 12 bytes of a t
 WITH_OTHERS = "sm_90"  # the architecture whose other configurations are compared with the table, too
 
 
-def run(*arguments: str, module: str = "static") -> Any:
+def run(*arguments: str) -> Any:
     # A process of its own: kernels that are interpreted in this one cannot be compiled here.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, "-m", *(["bench", "static", "--json"] if module == "static" else [module]), *arguments],
-        cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "bench", "static", "--json", *arguments],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-4000:]
     return json.loads(found.stdout)
@@ -68,8 +68,8 @@ def compiled(request: pytest.FixtureRequest) -> Reports:
     alone = [arch for arch in arches if arch != WITH_OTHERS]
     rows = run("--arch", *alone) if alone else []
     if WITH_OTHERS in arches:
-        rows += run("--arch", WITH_OTHERS, *(["--all-configs"] if static.committed(WITH_OTHERS) else []))
-    return [static.Report(**row) for row in rows]
+        rows += run("--arch", WITH_OTHERS, *(["--all-configs"] if report.committed(WITH_OTHERS) else []))
+    return [report.Report(**row) for row in rows]
 
 
 @pytest.fixture(params=ARCHES)
@@ -78,41 +78,41 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def shipped(compiled: Reports, arch: str) -> Reports:
-    found = [each for each in compiled if each.arch == arch and each.is_shipped]
-    if any("ROCm linker" in each.verdict for each in found):
+def defaults(compiled: Reports, arch: str) -> Reports:
+    found = [each for each in compiled if each.arch == arch and each.is_default]
+    if any("ROCm linker" in each.status for each in found):
         pytest.skip(f"Triton {triton.__version__} links AMD's code with ROCm's linker, which is not installed")
     return found
 
 
 @pytest.fixture
-def products(shipped: Reports) -> Reports:
-    return [each for each in shipped if each.kernel in PRODUCTS]
+def products(defaults: Reports) -> Reports:
+    return [each for each in defaults if each.kernel in PRODUCTS]
 
 
 def _without_a_table() -> None:
     """Skip, but for the version of Triton that this project is tested with: that one has a table."""
-    pinned = Path(__file__).parents[1].joinpath("constraints.txt").read_text(encoding="utf-8")
+    pinned = Path(__file__).parents[2].joinpath("constraints.txt").read_text(encoding="utf-8")
     assert f"triton=={triton.__version__}\n" not in pinned, "no table: python -m bench static --save"
-    kept = sorted(path.name for path in static.TABLES.parent.glob("triton-*"))
+    kept = sorted(path.name for path in report.TABLES.parent.glob("triton-*"))
     pytest.skip(f"no table of Triton {triton.__version__}: there are {', '.join(kept)}")
 
 
-def test_every_kernel_compiles_and_fits(shipped: Reports) -> None:
-    assert {each.kernel for each in shipped} == {*PRODUCTS, *OTHERS}
-    assert len(shipped) == LAUNCHES
-    for each in shipped:
-        assert "does not compile" not in each.verdict, each
+def test_every_kernel_compiles_and_fits(defaults: Reports) -> None:
+    assert {each.kernel for each in defaults} == {*PRODUCTS, *OTHERS}
+    assert len(defaults) == LAUNCHES
+    for each in defaults:
+        assert "does not compile" not in each.status, each
         assert 0 < each.shared <= SHARED_LIMIT[each.arch], each
         assert 0 < each.registers * each.threads <= REGISTERS["gfx" if "gfx" in each.arch else "sm"], each
         assert each.registers <= (512 if "gfx" in each.arch else 255), each
 
 
-def test_no_spills(shipped: Reports, arch: str) -> None:
-    if static.committed(arch):
-        spilled = {each.case for each in shipped if each.stack or each.local or each.verdict != "kept"}
+def test_no_spills(defaults: Reports, arch: str) -> None:
+    if report.committed(arch):
+        spilled = {each.case for each in defaults if each.stack or each.local or each.status != "kept"}
         assert {case for case in spilled if "normalised first" not in case} == KNOWN_SPILLS.get(arch, set())
-    assert [each for each in shipped if each.stack > FEW_SPILLS] == []
+    assert [each for each in defaults if each.stack > FEW_SPILLS] == []
 
 
 def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
@@ -122,7 +122,7 @@ def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
         assert any(f" {name}" in f" {each.tensor_core}" for name in names), each
 
 
-def test_forward_and_search_load_sixteen_bytes_at_a_time(shipped: Reports, products: Reports, arch: str) -> None:
+def test_forward_and_search_load_sixteen_bytes_at_a_time(defaults: Reports, products: Reports, arch: str) -> None:
     """Gradients read maps so, too, but pooled values and locations beside them in smaller pieces."""
     for each in products:
         if arch == "gfx942":  # where maps pass through registers on their way to shared memory
@@ -133,21 +133,21 @@ def test_forward_and_search_load_sixteen_bytes_at_a_time(shipped: Reports, produ
                 assert each.narrowest_async_copy in (0, 128), each
             else:
                 assert each.narrowest_async_copy >= 32, each
-    assert all(each.widest_load == 128 for each in shipped if each.kernel == "_norms_kernel")
+    assert all(each.widest_load == 128 for each in defaults if each.kernel == "_norms_kernel")
 
 
-def test_threads_pass_memory_to_each_other_behind_a_barrier_only(shipped: Reports, arch: str) -> None:
+def test_threads_pass_memory_to_each_other_behind_a_barrier_only(defaults: Reports, arch: str) -> None:
     """Buffers that are compacted in place, maxima and sums over blocks of locations: on every path through the PTX."""
-    for each in shipped:
+    for each in defaults:
         expected = next((names for case, names in HANDED_OVER.items() if each.case.startswith(case)), set())
         if arch != "gfx942":
             assert set(each.handed_over) == expected, each
         assert not each.unguarded, each
 
 
-def test_the_sign_of_a_zero_is_dropped_by_integers(shipped: Reports) -> None:
+def test_the_sign_of_a_zero_is_dropped_by_integers(defaults: Reports) -> None:
     """A float addition of zero would be fused with the product before it, and an underflow stay -0."""
-    for each in shipped:
+    for each in defaults:
         if each.kernel in ("_forward_kernel", "_append_kernel"):
             assert each.zero_additions == 0, each
 
@@ -157,38 +157,38 @@ def test_the_sign_of_a_zero_is_dropped_by_integers(shipped: Reports) -> None:
     reason="before 3.6 Triton's code does not name what a loop carries",
 )
 def test_loops_carry_what_a_later_turn_reads() -> None:
-    loops = run("--arch", WITH_OTHERS, module="bench.loop_carries")
+    loops = run("--loops", "--arch", WITH_OTHERS)
     assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS}
     assert [loop for loop in loops if loop["missing"]] == []
 
 
 def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) -> None:
-    table = static.committed(arch)
+    table = report.committed(arch)
     if not table:
         _without_a_table()
     if arch != WITH_OTHERS:
-        table = [line for line in table if line["configurations"] == "shipped"]
-    told = static.differences(table, [static.line(each) for each in compiled if each.arch == arch])
-    assert not told, "\n".join([*told, f"{len(told)} differences. If they are meant: python -m bench static --save"])
+        table = [line for line in table if line["configurations"] == "default"]
+    found = report.differences(table, [report.line(each) for each in compiled if each.arch == arch])
+    assert not found, "\n".join([*found, f"{len(found)} differences. If they are meant: python -m bench static --save"])
 
 
 def test_the_table_of_sm_89_is_that_of_sm_86() -> None:
     """Of the two one is compiled here."""
-    if not static.committed("sm_86"):
+    if not report.committed("sm_86"):
         _without_a_table()
-    assert static.committed("sm_89") == static.committed("sm_86")
+    assert report.committed("sm_89") == report.committed("sm_86")
 
 
 def test_differences_name_row_and_column() -> None:
-    same = {"case": "a", "configurations": "shipped", "configuration": "BS=64", "registers": "9"}
+    same = {"case": "a", "configurations": "default", "configuration": "BS=64", "registers": "9"}
     other = {"case": "b", "configurations": "other", "configuration": "BS=32", "registers": "9"}
-    assert static.differences([same, other], [same, other]) == []
-    assert static.differences([same, other], [same | {"registers": "10", "configuration": "BS=32"}]) == [
-        "a shipped: configuration: BS=64 -> BS=32",
-        "a shipped: registers: 9 -> 10",
+    assert report.differences([same, other], [same, other]) == []
+    assert report.differences([same, other], [same | {"registers": "10", "configuration": "BS=32"}]) == [
+        "a default: configuration: BS=64 -> BS=32",
+        "a default: registers: 9 -> 10",
         "b BS=32: is gone",
     ]
-    assert static.differences([same], [same, other]) == ["b BS=32: is new"]
+    assert report.differences([same], [same, other]) == ["b BS=32: is new"]
 
 
 def test_a_new_batch_size_compiles_nothing() -> None:
@@ -199,7 +199,7 @@ def test_a_new_batch_size_compiles_nothing() -> None:
     Buffers are selected from, and sorted, in powers of two (BL and BK), so that short ones cost little: a K in the
     next power of two is compiled for. Of these kernels, launches of one length each are compared.
     """
-    keys = run("--keys")
+    keys = run("--sizes")
     assert len(keys) == LAUNCHES
     several = {case: found for case, found in keys.items() if len(found) > 1}
     assert not several, json.dumps(several, indent=1)

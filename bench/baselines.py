@@ -1,4 +1,4 @@
-"""What one would write without this library: the baselines of `bench.scores`, in plain torch.
+"""What one would write without this library: the baselines of `bench.scores`, in plain PyTorch.
 
 Each takes the parameters of a `QAConv`, so that inputs, results and gradients can be compared one by one.
 """
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from qaconv_triton import QAConv
 
-PAIRS = 4096  # scored at a time by `match`, in blocks of 64 probes and 64 gallery items
+SIDE = 64  # probes and gallery maps that `match` scores at a time
 
 
 def _maxima(corr: Tensor) -> Tensor:
@@ -29,24 +29,24 @@ def _score(matcher: QAConv, pooled: Tensor) -> Tensor:
     return scores.view(pooled.shape[:-1])
 
 
-def per_label(matcher: QAConv, features: Tensor, labels: Tensor) -> Tensor:
-    """The class path as users wrote it: normalise the whole table, then every label's correlations, label by label.
+def per_label(matcher: QAConv, features: Tensor, labels: Tensor | None) -> Tensor:
+    """The class path as users wrote it: normalise the whole table, then correlate label by label.
 
-    Kinder than what it stands for in one respect: batch norm sees the batch as a whole, as it has to.
+    Unlike theirs, batch norm takes its statistics over the whole batch.
 
     Returns:
         Dense scores `[B, N]`, zero but for the neighbours of each label.
     """
+    assert labels is not None
     assert matcher.class_embed is not None
     assert matcher.class_neighbors is not None
     table, probe = normalize(matcher.class_embed, dim=1).flatten(2), normalize(features, dim=1).flatten(2)
     rows, pooled = [], []
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
-        kernel = table[matcher.class_neighbors[label]]
-        corr = torch.einsum("pcs,gcr->pgrs", probe[members], kernel)
+        maps = table[matcher.class_neighbors[label]]
         rows.append(members)
-        pooled.append(_maxima(corr))
+        pooled.append(_maxima(torch.einsum("pcs,gcr->pgrs", probe[members], maps)))
     values = _score(matcher, torch.cat(pooled))
     order = torch.cat(rows)
     scores = values.new_zeros(len(labels), len(table))
@@ -54,28 +54,28 @@ def per_label(matcher: QAConv, features: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def vectorised(matcher: QAConv, features: Tensor, labels: Tensor, each: int, wide: bool = False) -> Tensor:
-    """The class path without a loop, tuned: maps are gathered once for the `each` samples of a label that stand
-    together, raw, and scaled after one batched product.
+def vectorised(matcher: QAConv, features: Tensor, labels: Tensor | None, instances: int, wide: bool = False) -> Tensor:
+    """The class path without a loop, tuned: raw maps are gathered once for the `instances` of a label that stand side
+    by side, and scaled after one batched product.
 
-    Maxima by `amax`, which is faster than `max` and differs only in sharing a gradient between equal maxima. `wide`
-    scales correlations in fp32: rounded to half precision after the product only, not again before the maxima.
-    Compiled, it has to: fused, those that the backward compares with the maxima are not rounded as the maxima were.
+    `amax` is faster than `max`; it splits a gradient between equal maxima. `wide` scales correlations in fp32, which is
+    required under torch.compile: fusion skips the bf16 rounding before the backward's comparison with the maxima.
     """
+    assert labels is not None
     assert matcher.class_embed is not None
     assert matcher.class_neighbors is not None
     batch, channels = features.shape[:2]
-    ids = matcher.class_neighbors[labels[::each]]  # [L, K]
+    ids = matcher.class_neighbors[labels[::instances]]  # [L, K]
     probe = normalize(features, dim=1).flatten(2).mT.reshape(len(ids), -1, channels)  # [L, m*S, C]
     maps = matcher.class_embed.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [L, K, S, C], contiguous
     locations = maps.shape[2]
-    corr = torch.bmm(maps.view(len(ids), -1, channels), probe.mT).view(*maps.shape[:3], each, locations)
+    corr = torch.bmm(maps.view(len(ids), -1, channels), probe.mT).view(*maps.shape[:3], instances, locations)
     if wide and corr.dtype.itemsize == 2:
         corr = corr.float()
     corr = corr / torch.linalg.vector_norm(maps, dim=-1).clamp_min(1e-12)[..., None, None]  # [L, K, r, m, s]
     pooled = torch.cat([corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)], dim=-1)
     values = _score(matcher, pooled.reshape(batch, ids.shape[1], -1))
-    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids.repeat_interleave(each, 0), values)
+    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids.repeat_interleave(instances, 0), values)
 
 
 def all_pairs(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
@@ -95,9 +95,7 @@ def all_pairs_tuned(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(score: Callable[[QAConv, Tensor, Tensor], Tensor], matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
-    """All pairs of a probe set and a gallery in eval mode, block by block as published evaluation code does."""
+    """All pairs in eval mode, a block at a time, as published evaluation code does."""
     assert not matcher.training
-    side = int(PAIRS**0.5)
-    return torch.cat(
-        [torch.cat([score(matcher, part, maps) for maps in gallery.split(side)], dim=1) for part in probe.split(side)]
-    )
+    blocks = [[score(matcher, part, maps) for maps in gallery.split(SIDE)] for part in probe.split(SIDE)]
+    return torch.cat([torch.cat(row, dim=1) for row in blocks])

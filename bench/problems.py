@@ -1,0 +1,240 @@
+"""Matching problems of any size, their expected results in fp64, and their useful work, for `bench.scores`.
+
+Useful FLOPs are 2 S S C for every pair of maps, twice that for a backward pass and three times for a step, whatever a
+provider does. Useful bytes are every map, pooled value, location, score and gradient read or written once; the zeros of
+a dense gradient do not count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qaconv_triton import QAConv, reference
+
+TRAINING = ("forward", "backward", "step")
+FORWARD_PASSES = {"forward": 1, "backward": 2, "step": 3, "match": 1}  # FLOPs of a part, in those of a forward pass
+GROUPS = 32  # of similar gallery maps
+MAX_EXPECTED_PAIRS = 2**17  # whose gradients are computed in fp64; of more pairs, a sample's
+SAMPLED_PROBES = 2  # in such a sample
+BLOCK = 2**25  # correlations at a time in fp64
+
+
+class Case(NamedTuple):
+    """A size to measure; `only` names the providers, if not all of them; those that are `slow` run fewer rounds.
+
+    Sizes are B, N, K, C, H, W and samples per class on the class path; P, G, C, H, W for all pairs.
+    """
+
+    sizes: tuple[int, ...]
+    parts: tuple[str, ...] = TRAINING
+    dtype: torch.dtype = torch.float32
+    repeats: int = 5
+    only: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its sizes on the command line and in the results."""
+        return "x".join(map(str, self.sizes))
+
+
+class Problem(NamedTuple):
+    """Probes `[P, C, H, W]` to be scored against a gallery `[G, C, H, W]`, which may be the class table.
+
+    With labels `[P]` each probe is scored against the neighbours of its class only, with `instances` of a class side by
+    side. `upstream` is the gradient of the scores `[P, G]`.
+    """
+
+    matcher: QAConv
+    probe: Tensor
+    gallery: Tensor
+    labels: Tensor | None
+    upstream: Tensor
+    instances: int = 1
+
+    def inputs(self, part: str) -> list[Tensor]:
+        """What gradients are taken to."""
+        head = self.matcher
+        modules = [head.fc, head.bn, head.logit_bn] if part == "step" else [head.fc]
+        return [self.probe, self.gallery, *(weight for module in modules for weight in module.parameters())]
+
+
+def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) -> Problem:
+    """The problem of a case, the same whenever it is built: groups of similar maps, probes are such maps plus noise."""
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        if op == "classes":
+            batch, count, k, channels, height, width, instances = case.sizes
+            matcher = QAConv(channels, height, width, count, k, sparse_grad=sparse_grad)
+            assert matcher.class_embed is not None
+            gallery = matcher.class_embed
+            spread = torch.arange(k) * ((count - 1) // k) + torch.randint((count - 1) // k, (count, k))
+            matcher.class_neighbors = (torch.arange(count).unsqueeze(1) + 1 + spread) % count
+            own = torch.randperm(count)[: batch // instances].repeat_interleave(instances)
+            labels: Tensor | None = own
+        else:
+            batch, count, channels, height, width = case.sizes
+            matcher, labels, own, instances = QAConv(channels, height, width), None, torch.arange(batch) % count, 1
+            gallery = torch.nn.Parameter(torch.randn(count, channels, height, width) / channels**0.5)
+        shape, scale = (channels, height, width), channels**-0.5
+        groups, member = scale * torch.randn(GROUPS, *shape), torch.randint(GROUPS, (count,))
+        for start in range(0, count, 1024):
+            gallery.data[start : start + 1024] += groups[member[start : start + 1024]]
+        probe = gallery.data[own] + scale * torch.randn(batch, *shape)
+        probe = probe.to(case.dtype, memory_format=torch.contiguous_format).requires_grad_()
+        torch.nn.init.uniform_(matcher.fc.weight, 0.5, 1.5)
+        for norm, mean in ((matcher.bn, 0.2), (matcher.logit_bn, 0.5)):  # for scores of a usual size in eval mode
+            assert norm.running_mean is not None
+            norm.running_mean.fill_(mean)
+        if case.dtype == torch.float64:
+            matcher.double()
+        gallery.data = gallery.data.to(case.dtype)
+        upstream = torch.randn(batch, count).to(matcher.fc.weight.dtype)
+    return Problem(matcher, probe, gallery, labels, upstream, instances)
+
+
+class Expected(NamedTuple):
+    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and gradients.
+
+    Gradients of the first probes `[r, S, C]`, of the gallery maps `ids [T]`, `[T, S, C]`, zero in `untouched`, and of
+    fc's weight.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    probe: Tensor
+    ids: Tensor
+    gallery: Tensor
+    untouched: Tensor
+    weight: Tensor
+
+
+def expected_result(problem: Problem, training: bool, sums: bool = False) -> Expected:
+    """Scores, or with `sums` the sums of pooled values, and their gradients by autograd, a block of pairs at a time."""
+    matcher, count, total = problem.matcher, len(problem.probe), len(problem.gallery)
+    sample = torch.arange(count, device=problem.probe.device)
+    if not training and count > max(1, MAX_EXPECTED_PAIRS // total):  # without batch statistics scores are independent
+        sample = torch.linspace(0, count - 1, max(1, MAX_EXPECTED_PAIRS // total), device=sample.device).long()
+        problem, count = problem._replace(probe=problem.probe.detach()[sample]), len(sample)
+    blocks = list(_blocks(problem, count))
+    with torch.no_grad():
+        pooled = torch.cat([_pooled(problem, *block)[2].flatten(0, 1) for block in blocks])
+    pooled.requires_grad_(training)
+    head = [copy.deepcopy(module).double().train(training) for module in (matcher.bn, matcher.fc, matcher.logit_bn)]
+    values = pooled.sum(-1) if sums else reference.pair_scores(pooled, *head)
+    sizes = [len(rows) * len(ids) for rows, ids in blocks]
+    scores = values.new_zeros(count, total)
+    for (rows, ids), part in zip(blocks, values.split(sizes), strict=True):
+        scores[rows.unsqueeze(1), ids] = part.view(len(rows), len(ids))
+    none = pooled.new_zeros(0)
+    if not training:
+        return Expected(sample, scores.detach(), none, none, none, none, none)
+    inputs = (pooled, head[1].weight)
+    gradient, weight = torch.autograd.grad(scores, inputs, problem.upstream.double(), allow_unused=sums)
+    touched = torch.cat([ids for _, ids in blocks]).unique()
+    is_complete = len(pooled) <= MAX_EXPECTED_PAIRS
+    known = touched if is_complete else blocks[0][1]
+    of_probe = pooled.new_zeros(problem.probe.flatten(2).mT.shape)
+    of_gallery = pooled.new_zeros(len(known), *of_probe.shape[1:])
+    for number, ((rows, ids), part) in enumerate(zip(blocks, gradient.split(sizes), strict=True)):
+        part = part.view(len(rows), len(ids), -1)
+        if not is_complete and number > 0:
+            rows, part = rows[:SAMPLED_PROBES], part[:SAMPLED_PROBES]
+        left, right, values = _pooled(problem, rows, ids)
+        to_probe, to_gallery = torch.autograd.grad(values, (left, right), part)
+        of_probe[rows] += to_probe
+        if is_complete or number == 0:
+            of_gallery[torch.searchsorted(known, ids)] += to_gallery
+    is_untouched = torch.ones(total, dtype=torch.bool, device=touched.device).index_fill(0, touched, False)
+    of_probe = of_probe if is_complete else of_probe[:SAMPLED_PROBES].clone()
+    untouched = is_untouched.nonzero().squeeze(1)
+    return Expected(sample, scores.detach(), of_probe, known, of_gallery, untouched, none if sums else weight)
+
+
+def _blocks(problem: Problem, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every pair of the first `count` probes: rows, and the gallery ids that each of them is scored against."""
+    if problem.labels is not None:
+        assert problem.matcher.class_neighbors is not None
+        for label in problem.labels.unique():
+            yield (problem.labels == label).nonzero().squeeze(1), problem.matcher.class_neighbors[label]
+        return
+    device, locations = problem.probe.device, problem.probe[0, 0].numel()
+    ids = torch.arange(len(problem.gallery), device=device)
+    for part in ids.split(max(1, BLOCK // (count * locations**2))):
+        yield torch.arange(count, device=device), part
+
+
+def _pooled(problem: Problem, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw maps `[r, S, C]`, `[i, S, C]` in fp64, to take gradients to, and their best matches `[r, i, 2S]`."""
+    left, right = (
+        reference.locations(maps.detach()[selected]).double().requires_grad_()
+        for maps, selected in ((problem.probe, rows), (problem.gallery, ids))
+    )
+    return left, right, reference.max_correlation(reference.normalize(left), right, normalize_gallery=True)
+
+
+class Tolerance(NamedTuple):
+    """Error of scores relative to the largest, cosine of gradients at least, relative error of their norms."""
+
+    scores: float
+    cosine: float
+    norm: float
+
+
+def tolerance(dtype: torch.dtype) -> Tolerance:
+    """In half precision many correlations tie once rounded, and a tie may send a gradient to another location."""
+    return Tolerance(5e-2, 0.99, 5e-2) if dtype.itemsize == 2 else Tolerance(1e-3, 0.9999, 1e-2)
+
+
+def check_scores(expected: Expected, limit: Tolerance, scores: Tensor) -> None:
+    """Assert that scores `[P, G]` are the expected ones, zero where nothing is scored."""
+    assert scores.shape[1] == expected.scores.shape[1], f"scores {list(scores.shape)}"
+    assert len(scores) > int(expected.rows[-1]), f"scores {list(scores.shape)} of {int(expected.rows[-1]) + 1} probes"
+    assert scores.isfinite().all(), "scores are not finite"
+    error = (scores.detach()[expected.rows].double() - expected.scores).abs().max() / expected.scores.abs().max()
+    assert error.item() <= limit.scores, f"scores are off by {error.item():.2g} of the largest"
+
+
+def check_gradients(expected: Expected, limit: Tolerance, gradients: Sequence[Tensor]) -> None:
+    """Assert that gradients of probes, gallery and fc's weight are the expected ones."""
+    probe, gallery, *others = gradients
+    if gallery.is_sparse:
+        gallery = gallery.coalesce()
+        assert torch.equal(gallery.indices()[0], expected.ids), "the sparse gradient is of other rows than those scored"
+        gallery = gallery.values()
+    else:
+        untouched = expected.untouched.split(1024)
+        assert not any(gallery[ids].any() for ids in untouched), "a row that was not scored has a gradient"
+        gallery = gallery[expected.ids]
+    probe = probe[: len(expected.probe)]
+    compared = [("probe", probe.flatten(2).mT, expected.probe), ("gallery", gallery.flatten(2).mT, expected.gallery)]
+    compared += [("fc.weight", others[0], expected.weight)] if others else []
+    for name, gradient, wanted in compared:
+        left, right = gradient.double().flatten(), wanted.flatten()
+        cosine, norm = (
+            (torch.dot(left, right) / (left.norm() * right.norm())).item(),
+            (left.norm() / right.norm()).item(),
+        )
+        assert cosine >= limit.cosine, f"gradient of {name}: cosine {cosine:.5f} to the expected one"
+        assert abs(norm - 1) <= limit.norm, f"gradient of {name}: {norm:.3f}x the expected norm"
+
+
+def useful_work(problem: Problem, part: str) -> tuple[float, float]:
+    """Useful FLOPs and bytes."""
+    count, channels, height, width = problem.probe.shape
+    locations, touched, scored = height * width, len(problem.gallery), len(problem.gallery)
+    if problem.labels is not None:
+        assert problem.matcher.class_neighbors is not None
+        ids = problem.matcher.class_neighbors[problem.labels]
+        touched, scored = len(ids.unique()), ids.shape[1]
+    maps = (count + touched) * locations * channels * problem.probe.element_size()
+    scores = problem.upstream.numel() * problem.upstream.element_size()
+    pooled = count * scored * 2 * locations * (problem.upstream.element_size() + (1 if locations <= 256 else 2))
+    moved = {"match": maps + scores, "forward": maps + scores + pooled, "backward": 2 * maps + scores + pooled}
+    moved["step"] = moved["forward"] + moved["backward"]
+    return FORWARD_PASSES[part] * 2.0 * count * scored * locations**2 * channels, float(moved[part])
