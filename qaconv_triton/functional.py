@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -11,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .common.candidates import rescored_topk
 from .common.dtypes import accumulation_dtype
-from .common.norms import inverse_norm, power_of_two, with_norms
+from .common.norms import inverse_norm, power_of_two
 from .kernels import config
-from .progress import Progress, show_progress
+from .progress import Progress, progress_reported_to
 from .validation import (
     check_count,
     check_device,
@@ -183,11 +182,11 @@ def class_neighbors(
         _check_previous(previous, classes, k)
     if not torch.compiler.is_compiling():
         check_finite_rows(flat, "embeddings")
-    with _progress(progress):
+    with progress_reported_to(progress):
         if rescore and flat.dtype != torch.float64:
             wide = min(k + max(16, k // 4), classes - 1)
             _, candidates = ops.cosine_topk(flat, None, wide, None, workspace_bytes, target, dtype)
-            similarities, indices = _rescored(flat, candidates, k)
+            similarities, indices = rescored_topk(flat, candidates, k)
         else:
             similarities, indices = ops.cosine_topk(flat, None, k, previous, workspace_bytes, target, dtype)
     return (similarities, indices) if return_similarities else indices
@@ -218,34 +217,6 @@ def _check_previous(previous: Tensor, classes: int, k: int) -> None:
         raise ValueError(f"previous: expected shape [{classes}, {k}], got {list(previous.shape)}")
     if not torch.compiler.is_compiling():
         check_index(previous, classes, "previous", "classes")
-
-
-@contextmanager
-def _progress(progress: bool | Progress) -> Iterator[None]:
-    """Report the search to `progress`, a function; with True, show it."""
-    if progress is False:
-        yield
-        return
-    with ExitStack() as stack:
-        report = stack.enter_context(show_progress("class graph", "tiles")) if progress is True else progress
-        token = ops.progress_of_search.set(report)
-        stack.callback(ops.progress_of_search.reset, token)
-        yield
-
-
-def _rescored(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by ascending id."""
-    candidates = candidates.sort(dim=1).values
-    similarities = torch.empty(candidates.shape, dtype=torch.float32, device=candidates.device)
-    table, rnorm = with_norms(table)
-    step = max(1, (2**28 if candidates.is_cuda else 2**22) // (table.shape[1] * candidates.shape[1]))
-    for start in range(0, len(table), step):
-        rows, near = slice(start, start + step), candidates[start : start + step].to(table.device)
-        gathered, queries = (values.to(candidates.device).float() for values in (table[near], table[rows]))
-        scale = (rnorm[near] * rnorm[rows, None]).to(candidates.device)
-        similarities[rows] = torch.bmm(gathered, queries.unsqueeze(2)).squeeze(2) * scale
-    best, order = similarities.sort(dim=1, descending=True, stable=True)
-    return best[:, :k], candidates.gather(1, order[:, :k])
 
 
 def correlation_dtype(maps: Tensor) -> torch.dtype:

@@ -14,7 +14,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -28,7 +27,7 @@ from .common.backward import BackwardInputs
 from .common.dtypes import accumulation_dtype, argmax_dtype
 from .common.inverted_index import InvertedIndex, inverted_index, packed_size
 from .kernels import config
-from .progress import Progress
+from .progress import progress_of_search
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
 
@@ -255,9 +254,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-progress_of_search: ContextVar[Progress | None] = ContextVar("progress_of_search", default=None)
-
-
 @torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
 def cosine_topk(
     queries: Tensor,
@@ -270,8 +266,7 @@ def cosine_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k keys `[N, D]` of largest cosine for every query `[P, D]`; without keys, the other queries.
 
-    See `functional.class_neighbors` for what bounds and steers the search. Progress goes to `progress_of_search`, for
-    an op takes no functions.
+    See `functional.class_neighbors` for what bounds and steers the search.
     """
     device = queries.device if device is None else torch.empty(0, device=device).device
     dtype = dtype or queries.dtype

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
 Progress = Callable[[int, int], None]  # called with what is done and what there is to do
+progress_of_search: ContextVar[Progress | None] = ContextVar("progress_of_search", default=None)
+
+
+@contextmanager
+def progress_reported_to(progress: bool | Progress) -> Iterator[None]:
+    """Within the context, searches report to `progress`, a function; with True they are shown.
+
+    A context variable carries the function to the search, for a torch op takes no functions.
+    """
+    if progress is False:
+        yield
+        return
+    with ExitStack() as stack:
+        report = stack.enter_context(show_progress("class graph", "tiles")) if progress is True else progress
+        token = progress_of_search.set(report)
+        stack.callback(progress_of_search.reset, token)
+        yield
 
 
 @contextmanager

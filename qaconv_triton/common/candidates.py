@@ -2,13 +2,15 @@
 
 Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and ties are ordered by
 ascending id. The low half is 2^32 - 2 - id, so that no candidate is the largest int64. This is the searches' tie rule:
-`topk_kernels._append` and `_sort_kernel` have it too, `cpu/cosine_topk.py` and `functional._rescored` count on it.
+`topk_kernels._append` and `_sort_kernel` have it too, `cpu/cosine_topk.py` and `rescored_topk` count on it.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .norms import with_norms
 
 EMPTY = -(2**63)  # below every candidate
 LAST_ID = 2**32 - 1
@@ -42,3 +44,18 @@ def unpack(candidates: Tensor) -> tuple[Tensor, Tensor]:
 def pack_threshold(similarity: Tensor) -> Tensor:
     """What candidates exceed if their similarity is larger than this fp32 one."""
     return (sortable(similarity).to(torch.int64) << 32) | LAST_ID
+
+
+def rescored_topk(table: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of every row's `candidates [N, c]` by similarity in fp32, equal ones by ascending id."""
+    candidates = candidates.sort(dim=1).values
+    similarities = torch.empty(candidates.shape, dtype=torch.float32, device=candidates.device)
+    table, rnorm = with_norms(table)
+    step = max(1, (2**28 if candidates.is_cuda else 2**22) // (table.shape[1] * candidates.shape[1]))
+    for start in range(0, len(table), step):
+        rows, near = slice(start, start + step), candidates[start : start + step].to(table.device)
+        gathered, queries = (values.to(candidates.device).float() for values in (table[near], table[rows]))
+        scale = (rnorm[near] * rnorm[rows, None]).to(candidates.device)
+        similarities[rows] = torch.bmm(gathered, queries.unsqueeze(2)).squeeze(2) * scale
+    best, order = similarities.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], candidates.gather(1, order[:, :k])

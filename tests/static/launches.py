@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import inverted_index
-from qaconv_triton.kernels import config, max_correlation, topk_kernels, topk_search, tuning
+from qaconv_triton.kernels import config, max_correlation, norms, topk_kernels, topk_search, tuning
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
@@ -105,7 +105,7 @@ def _score_cases(
     if locations == 49 and dtype != torch.float16 and table_dtype == torch.float32:  # norms out of range
         yield case("class path forward, normalised first,", *forward, pooled, argmax, before=1)
         yield case("probe gradient, normalised first,", *probe_gradient, before=1)
-    yield case("norms", max_correlation.inverse_norms, table, inverted)
+    yield Case(f"norms {shape}", norms, partial(norms.inverse_norms, table, inverted))
     yield case("class path forward", *forward, pooled, argmax)
     if dtype == table_dtype:
         yield case("all pairs forward", max_correlation.max_correlation, probe, gallery, None, None, None, False)
