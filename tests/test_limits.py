@@ -140,8 +140,9 @@ def corners(values: dict[str, Callable[[np.ndarray], Any]], grids: list[tuple[in
         replaced = {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic}
         stack.enter_context(mock.patch.multiple(interpreter.InterpreterBuilder, **replaced))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
-        # debug: overflows of 32-bit integers are asserted not to happen
-        stack.enter_context(mock.patch.object(builder, "options", dataclasses.replace(builder.options, debug=True)))
+        # overflows of 32-bit integers are asserted not to happen
+        asserting = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
+        stack.enter_context(mock.patch.object(builder, "options", asserting))
         for module in (max_correlation, topk_kernels):
             stack.enter_context(mock.patch.object(module, "range", ends, create=True))
         stack.enter_context(suppress(_Launched))

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from eager import DEVICE
+from inputs import DEVICE
 from tolerances import assert_values
 from torch.nn import functional as F
 
