@@ -129,7 +129,7 @@ def test_bad_ranks_are_refused(options: dict[str, Any], error: type[Exception], 
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_batches_do_not_depend_on_how_many_are_drawn_at_a_time(data: st.DataObject) -> None:
     # Classes without samples, named twice, and the anchor among its neighbours: random classes fill up.
     num_classes = data.draw(st.integers(4, 9))
