@@ -143,7 +143,9 @@ class QAConv(nn.Module):
             self.class_embed = nn.Parameter(table.to(memory_format=layout))
         self._graph: Tensor | None = None
         self._copied_table: Tensor | None = None  # a sample of a copy's table, until the copied graph is used
-        self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
+        self._last_graph: Tensor | None = (
+            None  # as computed or assigned, if dropped since: the next search starts there
+        )
         self._pending_gallery: Tensor | None = None
         self._warned_of_gallery_visibility = False
 
@@ -157,7 +159,7 @@ class QAConv(nn.Module):
         """The class graph, int64 `[N, K]` on the module's device; None until it is built, or after it is dropped.
 
         An attribute, not a buffer: it is in no state dict, and is neither averaged nor broadcast. A graph of your own
-        may be assigned.
+        may be assigned, or one saved with a checkpoint: the next search starts from it, as it would have done.
 
         Raises:
             TypeError: assigned something else than an int64 tensor.
@@ -184,7 +186,7 @@ class QAConv(nn.Module):
                 raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
             if not neighbors.is_meta:
                 check_index(neighbors, shape[0], name, "classes")
-            neighbors = neighbors.detach().to(table.device)
+            neighbors = self._last_graph = neighbors.detach().to(table.device)
         self._graph, self._copied_table = neighbors, None
 
     def extra_repr(self) -> str:

@@ -331,6 +331,7 @@ def test_batches_do_not_depend_on_the_default_dtype_or_device(default: torch.dty
     # Classes 4 and 5 have too few neighbours with samples: random classes fill up.
     labels = [n for n in range(6) for _ in range(3) if n != 0]
     neighbors = ring(6, 2)
+    labels_tensor = torch.tensor(labels)
     expected = list(GraphSampler(labels, neighbors, 9, 3))
     before = torch.get_default_dtype()
     try:
@@ -339,6 +340,7 @@ def test_batches_do_not_depend_on_the_default_dtype_or_device(default: torch.dty
         else:
             torch.set_default_dtype(default)
         batches = list(GraphSampler(labels, neighbors, 9, 3))
+        assert batches == list(GraphSampler(labels_tensor, neighbors, 9, 3))
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(before)
