@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from ranks import on_ranks
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -319,13 +316,6 @@ def image_of(step: int, rank: int) -> tuple[Tensor, Tensor]:
     return feature.detach(), target.long()
 
 
-def train_two_numbers(rank: int) -> None:
-    """What every training on several ranks needs, without the library."""
-    model = DistributedDataParallel(nn.Linear(2, 1))
-    model(torch.ones(1, 2)).sum().backward()
-    distributed.all_gather([torch.zeros(2) for _ in range(2)], torch.full((2,), float(rank)))
-
-
 def train_one_rank(rank: int, use_checkpoint: bool) -> dict[str, Any]:
     model = DistributedDataParallel(Model(use_checkpoint))
     for step in range(len(RANKS)):
@@ -339,41 +329,14 @@ def train_one_rank(rank: int, use_checkpoint: bool) -> dict[str, Any]:
     return {"gradients": found, "memory": memory_of(model.module.loss)}
 
 
-def train_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", store, timedelta(seconds=30), rank=rank, world_size=2)
-    train_two_numbers(rank)
-    (folder / f"{rank} trains").touch()
-    torch.save({use: train_one_rank(rank, use) for use in (False, True)}, folder / f"{rank}.pt")
-    distributed.barrier()
-    # Nothing is destroyed: a process group that goes with its DistributedDataParallel joins, under Python's lock, a
-    # thread that may wait for this lock to free a tensor (seen with torch 2.13; neither process ends then).
-    os._exit(0)
+def train_rank(rank: int) -> dict[bool, Any]:
+    return {use: train_one_rank(rank, use) for use in (False, True)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[bool, Any]]:
-    """
-    What each of two ranks found, without and with checkpointing.
-
-    Skips where two processes cannot train together at all, as in a sandbox without a network.
-    """
-    folder = tmp_path_factory.mktemp("ranks")
-    started = multiprocessing.start_processes(train_rank, (folder,), nprocs=2, join=False, start_method="spawn")
-    end = time.monotonic() + 300
-    try:
-        while not started.join(timeout=max(0.0, end - time.monotonic())):
-            if time.monotonic() >= end:
-                raise TimeoutError("two ranks have not ended after five minutes")
-    except Exception as error:
-        if not all((folder / f"{rank} trains").exists() for rank in range(2)):
-            pytest.skip(f"DistributedDataParallel does not work here: {str(error).strip().splitlines()[-1]}")
-        raise
-    finally:
-        for process in started.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    """What each of two ranks found, without and with checkpointing."""
+    return on_ranks(train_rank, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -169,9 +169,3 @@ def test_pairs_share_the_statistics_of_norms_that_track_nothing(untracked: QACon
     pooled = ops.max_correlation(a, b, ids([[0], [1], [2]]), None, False, False)[0]
     expected = reference.pair_scores(pooled, untracked.bn, untracked.fc, untracked.logit_bn).squeeze(1)
     assert_close(untracked.match_pairs(a, b), expected, torch.float64)
-
-
-def test_synchronised_norms_are_refused_in_eval_mode() -> None:
-    matcher = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_matcher(mode="eval"))
-    with pytest.raises(TypeError, match="one process's pairs"):
-        matcher.match(maps(2, 1), maps(3, 2))

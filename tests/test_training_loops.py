@@ -230,3 +230,63 @@ def test_an_average_of_the_weights_matches(use_buffers: bool) -> None:
     twin = copy.deepcopy(averaged)
     twin.load_state_dict(averaged.state_dict())
     assert rank_one(twin.module[0], twin.module[1].matcher) == rank_one(model, losses.matcher)
+
+
+@every_loss
+def test_half_precision_with_scaled_and_clipped_gradients(losses: Callable[[], nn.Module]) -> None:
+    training = Training(losses)
+    # so large a scale that the first gradients overflow: their steps are skipped
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-12)
+    parameters = [*training.model.parameters(), *training.losses.parameters()]
+    found, skipped = [], 0
+    for _ in range(6):
+        training.matcher.on_epoch_start()
+        for image, target in training.loader:
+            with torch.autocast("cpu", torch.float16):
+                loss = plain(training.model, training.losses, image, target)
+            scaler.scale(loss).backward()
+            scaler.unscale_(training.optimizer)
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            before = scaler.get_scale()
+            scaler.step(training.optimizer)
+            scaler.update()
+            training.optimizer.zero_grad()
+            skipped += scaler.get_scale() < before
+            found.append(float(loss.detach()))
+    assert 0 < skipped < N
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    assert mean(found[-N:]) < 0.9 * mean(found[N : 2 * N]), found  # no class is in the memory at first
+
+
+@pytest.mark.cuda
+def test_a_whole_step_is_captured_in_a_cuda_graph() -> None:
+    """No read-back, and no allocation that depends on values."""
+    torch.manual_seed(0)
+    losses = ClassLosses().cuda()
+    model = nn.Conv2d(3, C, 3, stride=2, padding=1).cuda()
+    optimizer = torch.optim.AdamW([*model.parameters(), *losses.parameters()], lr=1e-2, capturable=True)
+    image, target = (values[:8].cuda() for values in dataset().tensors)
+    losses.matcher.compute_class_neighbors()
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=False)
+        loss = plain(model, losses, image, target)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    found = []
+    for _ in range(20):
+        graph.replay()
+        found.append(float(loss))
+    assert found[-1] < found[0]
+    assert all(torch.isfinite(torch.tensor(found)))
