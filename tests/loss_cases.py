@@ -1,4 +1,4 @@
-"""Matchers, batches and every loss, in fp64 on the CPU, for the tests of losses."""
+"""Matchers, batches and every loss, in fp64 on the CPU, for the tests of losses; a training step and all it changes."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ def loss_gradients(loss: Tensor, feature: Tensor, module: nn.Module) -> dict[str
     (loss * weight).sum().backward()
     found = {name.removeprefix("matcher."): parameter.grad for name, parameter in module.named_parameters()}
     return {"feature": feature.grad, **found}
+
+
+def training_step(
+    loss: SoftmaxTripletLoss, feature: Tensor, target: Tensor, visible: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Run one training step's forward and backward; everything that it makes or changes."""
+    feature = feature.detach().clone().requires_grad_()
+    loss.zero_grad()
+    outputs = loss(feature, target, visible)
+    outputs[2].mean().backward()
+    assert feature.grad is not None
+    found = {f"output {i}": output.detach() for i, output in enumerate(outputs)} | {"feature": feature.grad}
+    found |= {
+        f"gradient of {name}": parameter.grad.to_dense()
+        for name, parameter in loss.named_parameters()
+        if parameter.grad is not None
+    }
+    return found | {name: buffer.clone() for name, buffer in loss.named_buffers()}
 
 
 def assert_same_state(before: dict[str, Tensor], module: nn.Module) -> None:
