@@ -78,7 +78,7 @@ def test_small_launches_take_the_default(tunable: Path) -> None:
 
 
 @pytest.mark.parametrize("why", ["pinned", "deterministic"])
-def test_the_default_can_be_had_always(why: str, tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_always_available(why: str, tunable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches()
     assert select(launches) == 3
     if why == "pinned":
@@ -264,7 +264,7 @@ def test_a_tuned_search_is_right(
     assert variants == ({"self", "cross"} if same else {"cross"})  # a graph's first thresholds come from a sample
 
 
-def test_keys_part_kernels_and_hold_no_batch_size(
+def test_cache_keys_hold_dtypes_but_no_batch_size(
     tunable: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
