@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import torch_default
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "glyphs.py"
 
@@ -40,7 +41,7 @@ def test_demo_writes_its_table_and_pictures(tmp_path: Path) -> None:
 def test_demo_in_bf16_stops_after_some_batches(tmp_path: Path) -> None:
     options = ["--classes", "40", "--epochs", "4", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
     run = run_demo(*options, "--bf16", "--steps", "3")
-    assert "\r" not in run.stderr  # no bar in a log
+    assert "\r" not in run.stderr  # no progress bar in a log
     assert re.findall(r"^seed 1, \((.)\).*: epoch (\d) of 2, loss \d+", run.stdout, re.MULTILINE) == [
         (method, epoch) for method in "abc" for epoch in "12"
     ]
@@ -67,12 +68,7 @@ def test_the_demo_prepares_the_same_under_another_default_dtype_and_device(monke
         return seen.characters, *vars(test).values(), table, ends
 
     expected = prepare()
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            found = prepare()
-    finally:
-        torch.set_default_dtype(dtype)
+    with torch_default(torch.bfloat16), torch_default("meta"):
+        found = prepare()
     for got, true in zip(found, expected, strict=True):
         assert got == true if not isinstance(true, torch.Tensor) else torch.equal(got, true) and got.dtype == true.dtype

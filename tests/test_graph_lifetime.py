@@ -1,4 +1,4 @@
-"""The class graph of QAConv: built when it is needed, dropped when it is told to be, and never part of the state."""
+"""The class graph of QAConv: built when it is needed, dropped on request, and never part of the state."""
 
 from __future__ import annotations
 

@@ -35,9 +35,8 @@ from inputs import (
     visibility,
 )
 from pairwise import pairwise
-from tolerances import TOLERANCES, assert_all_close, assert_close
+from tolerances import assert_all_close, assert_close, assert_rounded, assert_rounded_gradients
 from torch import Tensor
-from torch.nn import functional as F
 
 from qaconv_triton import QAConv
 from qaconv_triton import scores as scores_module
@@ -312,23 +311,11 @@ def test_half_precision(backend: str, dtype: torch.dtype, module_dtype: str, cal
     expected, actual = eager(**expected_inputs), matcher(**actual_inputs)
     assert actual.dtype == torch.float32
     assert_rounded(actual, expected, dtype)
-    actual_gradients = gradients(actual, actual_inputs, matcher)
-    for name, gradient in gradients(expected, expected_inputs, eager).items():
-        found = actual_gradients[name]
-        if gradient is None:
-            assert found is None, name
-            continue
-        assert found is not None, name
-        assert found.dtype == (dtype if name in actual_inputs else matcher.fc.weight.dtype), name
-        assert float(F.cosine_similarity(found.double().flatten(), gradient.flatten(), dim=0)) > 0.999, name
-        # a whole matcher's are longer or shorter by more than those of its pooled values
-        assert float(found.double().norm()) == pytest.approx(float(gradient.norm()), rel=TOLERANCES[dtype].score), name
-
-
-def assert_rounded(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """The error as a whole is small beside what the scores spread over: single ones may be near zero."""
-    error, spread = (actual.double() - expected).detach(), (expected - expected.mean()).detach()
-    assert float(error.norm()) < TOLERANCES[dtype].score * float(spread.norm())
+    found = gradients(actual, actual_inputs, matcher)
+    assert_rounded_gradients(found, gradients(expected, expected_inputs, eager), dtype)
+    for name, gradient in found.items():
+        if gradient is not None:
+            assert gradient.dtype == (dtype if name in actual_inputs else matcher.fc.weight.dtype), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

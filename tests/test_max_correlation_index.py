@@ -137,9 +137,9 @@ def test_cpu_batches(
     """However the pairs are cut into batches, nothing is lost or done twice."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
     monkeypatch.setattr(cpu, "MAX_CORRELATIONS", block)
-    lists = torch.tensor([[3, 1, 3, 0, 6, 2, 5], [5, 2, 0, 1, 1, 1, 6], [2, 2, 4, 2, 0, 3, 4]], device=device)
+    nearest = torch.tensor([[3, 1, 3, 0, 6, 2, 5], [5, 2, 0, 1, 1, 1, 6], [2, 2, 4, 2, 0, 3, 4]], device=device)
     group = torch.tensor([1, 0, 1, 2, 1, 1, 1, 0, 1], device=device)
     probe, gallery = prepared_maps(9, 5, (2, 4), device), raw_maps(7, 5, (2, 4), device)
-    check(probe, gallery, lists[group] if indexed else None, group if with_group else None, normalize=True)
+    check(probe, gallery, nearest[group] if indexed else None, group if with_group else None, normalize=True)
     if indexed:
-        check(probe, gallery, lists[group], group if with_group else None, normalize=True, sparse_grad=True)
+        check(probe, gallery, nearest[group], group if with_group else None, normalize=True, sparse_grad=True)

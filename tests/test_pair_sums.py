@@ -22,7 +22,7 @@ INDEX = [[2, 0, 2, 1], [1, 2, 0, 0], [2, 0, 2, 1]]
 GROUP = [5, 1, 5]
 
 
-def prepared(count: int, seed: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+def unit_maps(count: int, seed: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     return F.normalize(maps(count, seed, torch.float64, shape), dim=1).to(dtype)
 
 
@@ -54,15 +54,15 @@ def check(probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | 
 def test_sums(sizes: tuple[int, int], indexed: bool, normalize: bool, backend: str) -> None:
     locations, channels = sizes
     shape = channels, *SIZES[locations]
-    probe, gallery = prepared(3, 1, shape), (maps if normalize else prepared)(3, 2, shape=shape)
+    probe, gallery = unit_maps(3, 1, shape), (maps if normalize else unit_maps)(3, 2, shape=shape)
     check(probe, gallery, ids(INDEX) if indexed else None, ids(GROUP) if indexed else None, normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_half_and_double_precision(dtype: torch.dtype, backend: str) -> None:
     shape = 40, 7, 7
-    check(prepared(3, 1, shape, dtype), maps(3, 2, dtype, shape), ids(INDEX), None, True)
-    check(prepared(3, 1, shape, dtype), prepared(3, 2, shape, dtype), None, None, False)
+    check(unit_maps(3, 1, shape, dtype), maps(3, 2, dtype, shape), ids(INDEX), None, True)
+    check(unit_maps(3, 1, shape, dtype), unit_maps(3, 2, shape, dtype), None, None, False)
 
 
 @pytest.mark.parametrize(("locations", "channels"), [(6, 512), (65, 64)])
@@ -72,7 +72,7 @@ def test_all_channels_of_a_probe_at_once(
     """In half precision the kernel keeps them, if there are not too many, while neighbours stream past."""
     monkeypatch.setattr(config, "neighbors_per_program", lambda *_: 3)
     shape = channels, *SIZES[locations]
-    probe, gallery = prepared(2, 1, shape, torch.bfloat16), prepared(5, 2, shape, torch.bfloat16)
+    probe, gallery = unit_maps(2, 1, shape, torch.bfloat16), unit_maps(5, 2, shape, torch.bfloat16)
     check(probe, gallery, None, None, False)
     check(probe, gallery, ids([[3, 1, 4, 1, 0], [4, 2, 2, 0, 3]]), None, True)
 
@@ -82,7 +82,7 @@ def test_however_many_neighbors_a_program_has(
     locations: int, share: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "neighbors_per_program", lambda *_: share)
-    probe, gallery = prepared(3, 1, (5, *SIZES[locations])), maps(4, 2, shape=(5, *SIZES[locations]))
+    probe, gallery = unit_maps(3, 1, (5, *SIZES[locations])), maps(4, 2, shape=(5, *SIZES[locations]))
     nearest, group = ids([[3, -1, 0], [-1, 2, 2], [3, -1, 0]]), ids([4, 0, 4])
     correlations.check(probe, gallery, nearest, group, normalize=True)
     check(probe, gallery, nearest, group, True)
@@ -94,12 +94,12 @@ def test_maps_of_more_than_a_tile_go_piece_by_piece(
 ) -> None:
     monkeypatch.setattr(config, "PARTIAL_BYTES", 2 * 4 * 65 * 3)  # of two neighbours
     shape = 5, *SIZES[65]
-    check(prepared(3, 1, shape), maps(3, 2, shape=shape), ids(INDEX) if indexed else None, None, True)
+    check(unit_maps(3, 1, shape), maps(3, 2, shape=shape), ids(INDEX) if indexed else None, None, True)
 
 
 def test_absent_pairs_are_nan_and_none_are_empty(backend: str) -> None:
     absent = ids([[0, -1, 1], [-1, -1, -1]])
-    probe, gallery, weight = prepared(2, 1, (C, H, W)), maps(2, 2), torch.ones(2 * S, device=DEVICE)
+    probe, gallery, weight = unit_maps(2, 1, (C, H, W)), maps(2, 2), torch.ones(2 * S, device=DEVICE)
     check(probe, gallery, absent, None, True)
     assert ops.pair_sums(probe, gallery[:0], absent, None, True, weight).isnan().all()
     assert ops.pair_sums(probe[:0], gallery, None, None, True, weight).shape == (0, 2)
@@ -107,7 +107,7 @@ def test_absent_pairs_are_nan_and_none_are_empty(backend: str) -> None:
 
 
 def test_nan_stays_in_its_pairs(backend: str) -> None:
-    probe, gallery = prepared(3, 1, (C, H, W)), maps(4, 2)
+    probe, gallery = unit_maps(3, 1, (C, H, W)), maps(4, 2)
     probe[1, 0, 1, 1] = torch.nan
     found = ops.pair_sums(probe, gallery, None, None, True, torch.ones(2 * S, device=DEVICE))
     assert found.isnan().all(1).tolist() == [False, True, False]
@@ -116,7 +116,7 @@ def test_nan_stays_in_its_pairs(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_are_bit_identical(dtype: torch.dtype, backend: str) -> None:
-    probe, gallery = prepared(3, 1, (33, 7, 7), dtype), maps(3, 2, dtype, (33, 7, 7))
+    probe, gallery = unit_maps(3, 1, (33, 7, 7), dtype), maps(3, 2, dtype, (33, 7, 7))
     runs = [check(probe, gallery, ids(INDEX), ids(GROUP), True) for _ in range(2)]
     assert torch.equal(*runs)
 
@@ -165,7 +165,7 @@ def test_norms_that_track_nothing_see_the_whole_gallery(untracked: QAConv) -> No
 
 
 def test_pairs_share_the_statistics_of_norms_that_track_nothing(untracked: QAConv) -> None:
-    a, b = (prepared(3, seed, (C, H, W), torch.float64) for seed in (1, 2))
+    a, b = (unit_maps(3, seed, (C, H, W), torch.float64) for seed in (1, 2))
     pooled = ops.max_correlation(a, b, ids([[0], [1], [2]]), None, False, False)[0]
     expected = reference.pair_scores(pooled, untracked.bn, untracked.fc, untracked.logit_bn).squeeze(1)
     assert_close(untracked.match_pairs(a, b), expected, torch.float64)

@@ -104,5 +104,27 @@ def assert_all_close(
             assert_close(found, value, dtype, name)
 
 
+def assert_rounded(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Assert that scores of inputs in half precision are right as a whole: single ones may be near zero."""
+    assert actual.shape == expected.shape
+    error, spread = (actual.double() - expected).detach(), (expected - expected.mean()).detach()
+    assert float(error.norm()) < TOLERANCES[dtype].score * float(spread.norm())
+
+
+def assert_rounded_gradients(
+    actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], dtype: torch.dtype
+) -> None:
+    """Assert that their gradients, by name, point where the expected ones do and are as long."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        found = actual[name]
+        assert (found is None) == (gradient is None), name
+        if found is None or gradient is None:
+            continue
+        found, gradient = found.double().flatten(), gradient.double().flatten()
+        assert cosine_between(found, gradient) > TOLERANCES[dtype].cosine, name
+        assert abs(float(found.norm() / gradient.norm()) - 1) < TOLERANCES[dtype].score, name
+
+
 def cosine_between(left: Tensor, right: Tensor) -> float:
     return (left.flatten() @ right.flatten() / (left.norm() * right.norm())).item()

@@ -80,7 +80,9 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Let the sampler go on at the batch that the checkpoint was saved at."""
         state, self._sampler_state = self._sampler_state, None
-        for loader in CombinedLoader(trainer.train_dataloader).flattened if state else ():
+        if state is None:
+            return
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler = getattr(loader, "batch_sampler", None)
             if isinstance(sampler, GraphSampler) and not hasattr(loader, "load_state_dict"):
                 sampler.load_state_dict(state)
