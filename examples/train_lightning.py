@@ -1,7 +1,7 @@
 """Train QAConv with graph sampling in PyTorch Lightning, on pictures in any of the forms that images.py reads.
 
-    python examples/train_lightning.py Market-1501 --backbone resnet50 --weights resnet50.pth --size 256x128 --stride 16 \
-        --k_nearest 256 --precision bf16-mixed
+    python examples/train_lightning.py Market-1501 --backbone resnet50 --weights resnet50.pth --size 256x128 \
+        --stride 16 --k_nearest 256 --precision bf16-mixed
     python examples/train_lightning.py faces/ --devices 2
 
 A training that was interrupted goes on from its last checkpoint, inside an epoch too: run the same command again.
