@@ -1,4 +1,4 @@
-"""The demo's pictures: the learned class graph, the local correspondences of one character, the training curves."""
+"""The demo's pictures: accuracy over time, classes and their nearest ones, the local matches of one character."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs
+from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs, normalize
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -16,11 +16,31 @@ from torch.nn import functional as F
 from qaconv_triton import QAConv
 from qaconv_triton.functional import class_neighbors
 
+# Okabe and Ito's colours, which people with any colour vision can tell apart; markers say the same
+STYLES = (("#666666", "D"), ("#0072B2", "s"), ("#E69F00", "^"), ("#D55E00", "o"))
+
 ANCHORS = (
     "OlcAe3iKnE-\u00ab+8uPxT\u0416\u044f\u03b8\u2192&?SdHLRp0(/=vyzUo"  # shown if they are in training, in this order
 )
 ANCHOR_ROWS, NEIGHBORS_SHOWN = 8, 7
 TILE, GAP = SIZE + 8, 14  # a picture with its frame; room for a number below
+
+
+def draw_accuracy(path: Path, curves: dict[str, list[tuple[list[float], list[float]]]], unit: str) -> None:
+    """Mean average precision of occluded queries over the seconds of training: each seed thin, their mean thick."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, seeds), (color, marker) in zip(curves.items(), STYLES, strict=False):
+        for seconds, precision in seeds:
+            axes.plot(seconds, precision, color=color, linewidth=0.8, alpha=0.4)
+        seconds, precision = np.array(seeds).mean(axis=0)
+        axes.plot(seconds, precision, color=color, linewidth=2.2, marker=marker, markersize=7, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=f"{unit}, logarithmic", ylabel="mAP of occluded queries", title="Accuracy over training time")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def draw_neighbors(path: Path, glyphs: Glyphs, table: Tensor) -> None:
@@ -78,7 +98,7 @@ def draw_matches(
     axes: Axes, title: str, backbone: nn.Module, matcher: QAConv, probe: Tensor, gallery: Tensor, visibility: Tensor
 ) -> LineCollection:
     """Draw the strongest of the best matches of those probe locations that show ink."""
-    probe_map, gallery_map = backbone(torch.stack([probe, gallery])).split(1)
+    probe_map, gallery_map = backbone(normalize(torch.stack([probe, gallery]))).split(1)
     matches = matcher.correspondences(probe_map, gallery_map, visibility)
     best, found, visibility = matches.similarity_a.flatten().cpu(), matches.b_location.flatten().cpu(), visibility.cpu()
     cell = SIZE // CELLS
@@ -107,19 +127,3 @@ def draw_matches(
 def center(location: Tensor) -> Tensor:
     """The pixel (x, y) in the middle of locations `[M]`: `[M, 2]`."""
     return (torch.stack([location % CELLS, location // CELLS], dim=1).float() + 0.5) * (SIZE / CELLS) - 0.5
-
-
-def draw_training(path: Path, curves: dict[str, tuple[list[float], list[float]]]) -> None:
-    """Loss and accuracy of the class path over the course of training, as running means."""
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, (losses, accuracies) in curves.items():
-        for axes, values in ((left, losses), (right, accuracies)):
-            curve = torch.tensor(values, dtype=torch.float64, device="cpu")
-            smooth = curve.unfold(0, max(1, len(curve) // 25), 1).mean(dim=1)
-            axes.plot(np.linspace(0, 100, len(smooth)), smooth, label=name)
-    left.set(xlabel="% of training", ylabel="loss", yscale="log")
-    right.set(xlabel="% of training", ylabel="accuracy", ylim=(0, 1))
-    right.legend(fontsize="small")
-    figure.suptitle("(a) chooses among all classes, (b) and (c) among a class and its neighbours", fontsize="medium")
-    figure.savefig(path, dpi=100)
