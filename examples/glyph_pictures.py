@@ -10,6 +10,7 @@ from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs, normalize
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,11 @@ def draw_accuracy(path: Path, curves: dict[str, list[tuple[list[float], list[flo
         axes.plot(seconds, precision, color=color, linewidth=2.2, marker=marker, markersize=7, label=name)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel=f"{unit}, logarithmic", ylabel="mAP of occluded queries", title="Accuracy over training time")
+    axes.set(
+        xlabel=f"{unit}, logarithmic",
+        ylabel="mAP of occluded queries",
+        title="Accuracy over training time; thin: one seed each",
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=100)
@@ -82,7 +87,7 @@ def draw_correspondences(
     wanted = [glyph for mark in PAIR for glyph in pairable if glyphs.characters[glyph] == mark]
     glyph = (wanted or pairable)[0]
     gallery = glyphs.images[glyph, SERIF][None, None].to(occluded.device)
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = torch.ones_like(visibility[:1])
     query = glyphs.images[glyph, QUERY_FACE][None].to(occluded.device)
@@ -106,20 +111,21 @@ def draw_matches(
     chosen = (
         best.masked_fill(~ink, -1.0).topk(min(LINES, max(1, int((ink & (visibility.flatten() > 0.5)).sum())))).indices
     )
-    offset = SIZE + SIZE // 2
-    canvas = np.full((SIZE, offset + SIZE), 255, np.uint8)
-    canvas[:, :SIZE], canvas[:, offset:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
+    right, down = SIZE + SIZE // 2, SIZE // 4  # of the gallery picture: a step down keeps the lines apart
+    canvas = np.full((SIZE + down, right + SIZE), 255, np.uint8)
+    canvas[:SIZE, :SIZE], canvas[down:, right:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     shade = np.kron(1 - visibility[0, 0].numpy(), np.ones((cell, cell)))
     axes.imshow(np.zeros_like(shade), cmap="autumn", alpha=0.45 * shade, extent=(-0.5, SIZE - 0.5, SIZE - 0.5, -0.5))
-    start, end = center(chosen), center(found[chosen])
-    end[:, 0] += offset
+    for x, y in ((0, 0), (right, down)):
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), SIZE, SIZE, fill=False, edgecolor="0.7"))
+    start, end = center(chosen), center(found[chosen]) + torch.tensor([right, down])
     lines = LineCollection(torch.stack([start, end], dim=1).numpy(), array=best[chosen].numpy(), cmap="viridis")
     lines.set(clim=(0, 1), linewidth=1.6)
     axes.add_collection(lines)
     for ends in (start, end):
-        axes.scatter(*ends.mT.numpy(), s=10, c=best[chosen].numpy(), vmin=0, vmax=1, cmap="viridis", zorder=3)
-    axes.set(title=title, xlim=(-0.5, offset + SIZE - 0.5), ylim=(SIZE - 0.5, -0.5))
+        axes.scatter(*ends.mT.numpy(), s=12, c=best[chosen].numpy(), vmin=0, vmax=1, cmap="viridis", zorder=3)
+    axes.set(title=title, xlim=(-1, right + SIZE), ylim=(SIZE + down, -1))
     axes.set_axis_off()
     return lines
 
