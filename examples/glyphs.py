@@ -42,7 +42,7 @@ QUERIES = ("clean", "misaligned", "occluded", "with visibility")
 ON_CURVE = "occluded"  # what is measured at every checkpoint
 CHANNELS = 32
 CHECKPOINTS = 4
-POOLED_STEPS = 4  # of the baseline for each of the others: about the time of nearest K
+POOLED_STEPS = 3  # of the baseline for each of the others: about the time of nearest K
 OCCLUDED_SHARE = 0.25  # of an occluded query
 
 
@@ -227,22 +227,29 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--device", type=torch.device, default=default_device, help=f"where to train ({default_device})"
     )
-    parser.add_argument("--classes", type=int, help="characters for training (1920; on a GPU all but the test's)")
+    parser.add_argument("--classes", type=int, help="characters for training (960; on a GPU all but the test's)")
     parser.add_argument("--test-classes", type=int, default=600, help="characters for the test (600)")
-    parser.add_argument("--steps", type=int, help="batches of 64 pictures (240; on a GPU 300)")
+    parser.add_argument("--steps", type=int, help="batches of 64 pictures (180; on a GPU 300)")
     parser.add_argument("--k-nearest", type=int, default=20, help="K (20)")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (3)")
+    parser.add_argument("--seeds", type=int, help="trainings of each method (2; on a GPU 3)")
     parser.add_argument("--all-seeds", type=int, help="trainings against all classes (1; on a GPU as --seeds)")
     parser.add_argument("--workers", type=int, help="trainings side by side (one for each core; on a GPU 1)")
     parser.add_argument("--output", type=Path, default=Path("out/glyphs"), help="folder for results (out/glyphs)")
     options = parser.parse_args()
     on_cpu = options.device.type == "cpu"
-    options.classes = options.classes or (1920 if on_cpu else 10**6)
-    options.steps = options.steps or (240 if on_cpu else 300)
-    options.all_seeds = options.all_seeds or (1 if on_cpu else options.seeds)
-    options.workers = options.workers or (count_cores() if on_cpu else 1)
-    if min(options.test_classes, options.steps, options.k_nearest, options.seeds, options.workers) < 1:
-        parser.error("--test-classes, --steps, --k-nearest, --seeds and --workers must be at least 1")
+    if on_cpu:
+        defaults = {"classes": 960, "steps": 180, "seeds": 2, "all_seeds": 1, "workers": count_cores()}
+    else:
+        defaults = {"classes": 10**6, "steps": 300, "seeds": 3, "all_seeds": 3, "workers": 1}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.all_seeds = min(options.all_seeds, options.seeds)
+    if (
+        min(options.test_classes, options.steps, options.k_nearest, options.seeds, options.all_seeds, options.workers)
+        < 1
+    ):
+        parser.error("--test-classes, --steps, --k-nearest, --seeds, --all-seeds and --workers must be at least 1")
     if options.classes <= max(options.k_nearest, Recipe.batch_classes):
         parser.error(f"--classes must be more than {Recipe.batch_classes} (those of a batch) and more than --k-nearest")
     return options
