@@ -90,11 +90,11 @@ def distinct_characters(fonts: list[FT2Font], codes_of_face: list[set[int]], cod
 
     Latin A, Greek Alpha and Cyrillic A are one outline, for instance, and so one class.
     """
-    twin = {code: code for code in codes}  # towards a lower code that looks the same, or itself
+    same_as = {code: code for code in codes}  # towards a lower code that looks the same, or itself
 
     def lowest(code: int) -> int:
-        while twin[code] != code:
-            code = twin[code]
+        while same_as[code] != code:
+            code = same_as[code]
         return code
 
     drawn = set()
@@ -108,8 +108,8 @@ def distinct_characters(fonts: list[FT2Font], codes_of_face: list[set[int]], cod
                     drawn.add(code)
                     other = first_with.setdefault(vertices.tobytes() + kinds.tobytes(), code)
                     low, high = sorted((lowest(other), lowest(code)))
-                    twin[high] = low
-    return [code for code in codes if code in drawn and twin[code] == code]
+                    same_as[high] = low
+    return [code for code in codes if code in drawn and same_as[code] == code]
 
 
 def draw(font: FT2Font, code: int, canvas: np.ndarray) -> None:

@@ -275,7 +275,7 @@ def main() -> None:
         f"Every method trains the same backbone; those with QAConv see the same {options.steps} batches, and differ\n"
         "only in the classes that a sample is scored against.\n"
         "Queries: clean; misaligned (shifted, scaled, turned a little); occluded (a quarter is hidden behind a part\n"
-        "of another character); with visibility (the same, and the matcher is told what is hidden)."
+        "of another character); with visibility (the same, and the matcher knows what is hidden)."
     )
     base = Recipe(k_nearest=options.k_nearest)
     tasks = [
@@ -332,13 +332,13 @@ def summarize(runs: list[Run], names: dict[str, str]) -> str:
         mine, theirs = (mean_answers(runs, names[m], ON_CURVE, seeds) for m in ("nearest", method))
         difference = mine[1] - theirs[1]
         low, high = bootstrap_interval(difference)
-        verdict = "better than" if low > 0 else "worse than" if high < 0 else "as good as"
+        comparison = "better than" if low > 0 else "worse than" if high < 0 else "as good as"
         seconds = [
             sum(run.seconds[-1] for run in runs if run.method == names[m] and run.seed in seeds)
             for m in ("nearest", method)
         ]
         lines.append(
-            f"On occluded queries K nearest classes are {verdict} {subject}: mAP {difference.mean().item():+.3f} "
+            f"On occluded queries K nearest classes are {comparison} {subject}: mAP {difference.mean().item():+.3f} "
             f"({low:+.3f} to {high:+.3f}), in {seconds[0] / seconds[1]:.2f} of the time."
         )
     return "\n".join(lines)

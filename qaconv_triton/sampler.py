@@ -491,7 +491,7 @@ class _SampleWalk:
 
 
 def _graph_checksum(neighbors: Tensor) -> str:
-    """A checksum of some rows of a graph, by which it is told from another of the same classes."""
+    """A checksum of some rows of a graph, that tells it from another of the same classes."""
     rows = neighbors[:: max(1, len(neighbors) // HASHED_ROWS)].long()
     return hashlib.sha256(array("q", [*neighbors.shape, *rows.flatten().tolist()])).hexdigest()[:16]
 

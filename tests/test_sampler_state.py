@@ -331,13 +331,13 @@ def test_copies_go_on_by_themselves() -> None:
     one = build(neighbors=matcher.compute_class_neighbors)
     batches = iter(one)
     given = [next(batches) for _ in range(3)]
-    for twin in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
-        assert twin.sampler is twin
-        assert twin.state_dict() == one.state_dict()
-        twin.load_state_dict(twin.state_dict())
-        rest = list(twin)
-        twin.set_epoch(0)
-        assert list(twin) == given + rest
+    for copied in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert copied.sampler is copied
+        assert copied.state_dict() == one.state_dict()
+        copied.load_state_dict(copied.state_dict())
+        rest = list(copied)
+        copied.set_epoch(0)
+        assert list(copied) == given + rest
     assert list(batches) == rest
 
 
