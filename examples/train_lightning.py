@@ -129,7 +129,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> pl.Trainer:
     options = parse_options(arguments)
     pl.seed_everything(options.seed)
     data = Pictures(options)
@@ -147,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     last = options.output / "last.ckpt"
     trainer.fit(model, data, ckpt_path=last if last.exists() else None)
     print({name: round(float(value), 4) for name, value in trainer.callback_metrics.items()})
+    return trainer
 
 
 if __name__ == "__main__":
