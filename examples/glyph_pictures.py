@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,9 @@ def draw_accuracy(path: Path, curves: dict[str, list[tuple[list[float], list[flo
         seconds, precision = np.array(seeds).mean(axis=0)
         axes.plot(seconds, precision, color=color, linewidth=2.2, marker=marker, markersize=7, label=name)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(
         xlabel=f"{unit}, logarithmic",
         ylabel="mAP of occluded queries",
