@@ -133,10 +133,11 @@ def run(name: str, recipe: Recipe, seed: int, glyphs: Glyphs, test: TestSet, opt
 
 
 def read_clock(device: torch.device) -> float:
-    """Seconds: on a CPU those of this process's one thread, so that whatever else runs counts little; else elapsed."""
+    """Seconds: on a CPU those that this process computed, so that whatever else runs counts little; else elapsed."""
     if device.type == "cpu":
         return time.process_time()
-    torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -192,7 +193,7 @@ def make_table(runs: list[Run], names: dict[str, str]) -> str:
 
 def compare(runs: list[Run], better: str, other: str) -> list[str]:
     """Differences between two methods over the seeds that both have, with 95 % intervals over queries."""
-    seeds = sorted(set.intersection(*({run.seed for run in runs if run.method == name} for name in (better, other))))
+    seeds = shared_seeds(runs, better, other)
     lines = []
     for kind in QUERIES:
         first, second = (mean_answers(runs, name, kind, seeds) for name in (better, other))
@@ -204,6 +205,10 @@ def compare(runs: list[Run], better: str, other: str) -> list[str]:
             cells.append(f"{(mine - theirs).mean().item():+.3f} ({low:+.3f} to {high:+.3f})")
         lines.append(f"| {other} | {kind} | {' | '.join(cells)} |")
     return lines
+
+
+def shared_seeds(runs: list[Run], one: str, other: str) -> list[int]:
+    return sorted(set.intersection(*({run.seed for run in runs if run.method == name} for name in (one, other))))
 
 
 def save_results(path: Path, runs: list[Run]) -> None:
@@ -245,11 +250,9 @@ def parse_options() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.all_seeds = min(options.all_seeds, options.seeds)
-    if (
-        min(options.test_classes, options.steps, options.k_nearest, options.seeds, options.all_seeds, options.workers)
-        < 1
-    ):
-        parser.error("--test-classes, --steps, --k-nearest, --seeds, --all-seeds and --workers must be at least 1")
+    counts = "test_classes", "steps", "k_nearest", "seeds", "all_seeds", "workers"
+    if min(getattr(options, name) for name in counts) < 1:
+        parser.error(f"--{', --'.join(counts).replace('_', '-')} must be at least 1")
     if options.classes <= max(options.k_nearest, Recipe.batch_classes):
         parser.error(f"--classes must be more than {Recipe.batch_classes} (those of a batch) and more than --k-nearest")
     return options
@@ -321,18 +324,14 @@ def report(
 def summarize(runs: list[Run], names: dict[str, str]) -> str:
     """What the tables say about the claim, in words."""
     lines = []
-    for method, subject in (
-        ("all", f"all {names['all'].split()[2]} classes"),
-        ("random", "K random classes"),
-        ("pooled", "pooling"),
-    ):
-        seeds = sorted(
-            set.intersection(*({run.seed for run in runs if run.method == names[m]} for m in ("nearest", method)))
-        )
+    count = names["all"].split()[2]
+    subjects = {"all": f"all {count} classes", "random": "K random classes", "pooled": "pooling"}
+    for method, subject in subjects.items():
+        seeds = shared_seeds(runs, names["nearest"], names[method])
         mine, theirs = (mean_answers(runs, names[m], ON_CURVE, seeds) for m in ("nearest", method))
         difference = mine[1] - theirs[1]
         low, high = bootstrap_interval(difference)
-        comparison = "better than" if low > 0 else "worse than" if high < 0 else "as good as"
+        comparison = "better than" if low > 0 else "worse than" if high < 0 else "level with"
         seconds = [
             sum(run.seconds[-1] for run in runs if run.method == names[m] and run.seed in seeds)
             for m in ("nearest", method)
