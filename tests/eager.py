@@ -129,6 +129,5 @@ def gallery_inputs(dtype: torch.dtype, occluded: bool) -> dict[str, Any]:
 
 
 MODES = ["train", "eval", "frozen bn", "frozen logit_bn"]
-with_modes = pytest.mark.parametrize("mode", MODES)
 with_occlusion = pytest.mark.parametrize("occluded", [False, True], ids=["visible", "occluded"])
 with_own_class = pytest.mark.parametrize("include_self", [False, True], ids=["neighbours", "and itself"])

@@ -67,6 +67,8 @@ def test_a_copy_trains_on_alike_and_on_its_own(make_copy: Callable[[SoftmaxTripl
         assert parameter.data_ptr() != own.data_ptr()
         assert parameter.requires_grad
     assert type(copied.matcher) is QAConv
+    assert copied.matcher.class_embed is not None
+    assert copied.matcher.class_embed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_clone_keeps_modes_options_and_dtype_but_no_kernel() -> None:

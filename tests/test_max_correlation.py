@@ -116,15 +116,6 @@ def test_mixed_dtypes(
     check(probe, gallery, index, normalize=normalize)
 
 
-@pytest.mark.parametrize(("indexed", "normalize"), [(False, False), (True, True)])
-def test_gradcheck(indexed: bool, normalize: bool, device: torch.device) -> None:
-    probe, gallery, index = make_case((2, 2), 3, device, indexed=indexed, normalize=normalize, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda p, g: ops.max_correlation(p, g, index, None, normalize, False)[0],
-        (probe.requires_grad_(), gallery.requires_grad_()),
-    )
-
-
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["probe", "gallery", "neither"])
 def test_gradient_of_one_side(needs: tuple[bool, bool], backend: str, device: torch.device) -> None:
     probe, gallery, index = make_case((2, 3), 7, device, indexed=True, normalize=True)

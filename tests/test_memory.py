@@ -58,10 +58,10 @@ def largest(monkeypatch: pytest.MonkeyPatch) -> LargestTensor:
     return mode
 
 
-def class_path_peak(mode: LargestTensor, classes: int, sparse_grad: bool = False) -> int:
+def class_path_peak(mode: LargestTensor, classes: int) -> int:
     torch.manual_seed(0)
     mode.elements = 0
-    matcher = QAConv(2, 4, 4, num_classes=classes, k_nearest=10, sparse_grad=sparse_grad).to(DEVICE)
+    matcher = QAConv(2, 4, 4, num_classes=classes, k_nearest=10).to(DEVICE)
     feature = maps(6, 1, shape=(2, 4, 4)).requires_grad_()
     with mode:
         matcher(feature, labels=torch.arange(6, device=DEVICE)).square().sum().backward()
