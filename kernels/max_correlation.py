@@ -91,11 +91,11 @@ def _forward_kernel(
     if HAS_PERMUTATION:
         i_p = tl.load(p_permutation + i_p)
     i_first = (i_program // P) * KP
-    tiles = tl.cdiv(S, BR)  # of a neighbour
+    tiles = tl.cdiv(S, BR) if SPLIT else 1  # of a neighbour; of one, nothing is divided below
     count = tl.minimum(KP, K - i_first) * tiles
     width = S if SUM else 2 * S
 
-    for i_s in range(0, S, BS):
+    for i_s in range(0, S if SPLIT else BS, BS):
         o_s = i_s + tl.arange(0, BS)
         m_s = o_s < S
         p_map = p_probe + i_p * S * C + o_s[None, :] * C
