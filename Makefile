@@ -16,7 +16,8 @@ INSTALL  = $(BIN)/$(PIP) -c constraints.txt
 PYTEST   = python -m pytest -n $(WORKERS) --dist loadfile --timeout 900 -m 'not slow'
 OLDEST  := .venv-oldest/bin
 # the tests of products and of what is made of them, and the CPUs, by what their BLAS and torch would take, to run them as
-PRODUCTS := $(patsubst %,tests/test_%.py,cosine_topk class_graph max_correlation pair_sums class_table)
+PRODUCTS := $(patsubst %,tests/test_%.py,cosine_topk class_graph max_correlation max_correlation_index \
+              max_correlation_ties pair_sums correspondences class_table graph_lifetime memory)
 HASWELL  := OPENBLAS_CORETYPE=Haswell MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=avx2
 NEHALEM  := OPENBLAS_CORETYPE=Nehalem MKL_CBWR=SSE4_2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 PORTABLE  = $(BIN)/$(PYTEST) -q $(PRODUCTS) $(ARGS)

@@ -1,8 +1,8 @@
 """Pictures of characters from the twelve DejaVu faces that matplotlib ships, and things to hide them behind.
 
 To a matcher a character is an identity and a face is a camera: "the same letter in another face" is the question that
-re-identification asks about people. Like people, characters have doubles: Cyrillic, Greek and accented letters differ
-from Latin ones, and from each other, in a detail or two.
+re-identification asks about people. Like people, characters have look-alikes: Cyrillic, Greek and accented letters
+differ from Latin ones, and from each other, in a detail or two.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ FAMILIES = {
 }
 FACES = [family + style for family, styles in FAMILIES.items() for style in styles]
 QUERY_FACE = 0  # DejaVu Sans
-GALLERY_FACES = range(4, 12)  # another family: the other cuts of DejaVu Sans are nearly the same drawing
+GALLERY_FACES = 4, 8  # Mono and Serif: the other cuts of DejaVu Sans are nearly the same drawing
 MIN_FACES = 8  # a character that fewer faces cover is left out
 
-SIZE = 28  # pixels of a picture, both ways
-CELLS = 7  # locations of its feature map, both ways
-EM = 20  # pixels
-BASELINE = 22  # row
+SIZE = 24  # pixels of a picture, both ways
+CELLS = 6  # locations of its feature map, both ways
+EM = 17  # pixels
+BASELINE = 19  # row
 MARGIN = 2  # rows and columns at the border that an occluder leaves free
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """One class per character: `images [N, 12, 28, 28]` uint8, and `covered [N, 12]`, which faces have it."""
+    """One class per character: `images [N, 12, 24, 24]` uint8, and `covered [N, 12]`, which faces have it."""
 
     characters: list[str]
     images: Tensor
@@ -54,7 +54,7 @@ class Glyphs:
         return len(self.characters)
 
     def samples(self, faces: Iterable[int] = range(len(FACES))) -> tuple[Tensor, Tensor]:
-        """Every picture in `faces`: images `[M, 1, 28, 28]` uint8 and labels `[M]`, sorted by class."""
+        """Every picture in `faces`: images `[M, 1, 24, 24]` uint8 and labels `[M]`, sorted by class."""
         columns = list(faces)
         covered = self.covered[:, columns]
         return self.images[:, columns][covered].unsqueeze(1), covered.nonzero()[:, 0]
@@ -90,11 +90,11 @@ def distinct_characters(fonts: list[FT2Font], codes_of_face: list[set[int]], cod
 
     Latin A, Greek Alpha and Cyrillic A are one outline, for instance, and so one class.
     """
-    twin = {code: code for code in codes}  # towards a lower code that looks the same, or itself
+    same_as = {code: code for code in codes}  # towards a lower code that looks the same, or itself
 
     def lowest(code: int) -> int:
-        while twin[code] != code:
-            code = twin[code]
+        while same_as[code] != code:
+            code = same_as[code]
         return code
 
     drawn = set()
@@ -108,12 +108,12 @@ def distinct_characters(fonts: list[FT2Font], codes_of_face: list[set[int]], cod
                     drawn.add(code)
                     other = first_with.setdefault(vertices.tobytes() + kinds.tobytes(), code)
                     low, high = sorted((lowest(other), lowest(code)))
-                    twin[high] = low
-    return [code for code in codes if code in drawn and twin[code] == code]
+                    same_as[high] = low
+    return [code for code in codes if code in drawn and same_as[code] == code]
 
 
 def draw(font: FT2Font, code: int, canvas: np.ndarray) -> None:
-    """Draw a character in the middle of `canvas [28, 28]`, on its baseline; what sticks out is cut off."""
+    """Draw a character in the middle of `canvas [24, 24]`, on its baseline; what sticks out is cut off."""
     top = BASELINE - math.ceil(font.load_char(code, flags=LoadFlags.NO_HINTING).bbox[3] / 64)
     font.set_text(chr(code), 0.0, flags=LoadFlags.NO_HINTING)
     font.draw_glyphs_to_bitmap()
@@ -125,17 +125,22 @@ def draw(font: FT2Font, code: int, canvas: np.ndarray) -> None:
     place[:rows, :columns] = ink[:rows, :columns]
 
 
+def normalize(images: Tensor) -> Tensor:
+    """Grey values 0 to 255 as floats from -1 to 1."""
+    return images.float() / 127.5 - 1
+
+
 def occlude(images: Tensor, clutter: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cover a random rectangle of every picture with the same part of another one.
 
     Args:
-        images: `[B, 1, 28, 28]`.
-        clutter: `[B, 1, 28, 28]`, what to cover them with.
+        images: `[B, 1, 24, 24]`.
+        clutter: `[B, 1, 24, 24]`, what to cover them with.
         share: in [0, 1], of each picture within its margin, to cover.
         generator: the source of randomness.
 
     Returns:
-        images `[B, 1, 28, 28]`, and visibility maps `[B, 1, 7, 7]` at the resolution of the features, 1 where a
+        images `[B, 1, 24, 24]`, and visibility maps `[B, 1, 6, 6]` at the resolution of the features, 1 where a
         location is visible to 0 where it is covered.
     """
     inner, batch = SIZE - 2 * MARGIN, len(images)
@@ -152,3 +157,16 @@ def occlude(images: Tensor, clutter: Tensor, share: float, generator: torch.Gene
     covered = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
     visibility = F.avg_pool2d((~covered).float(), SIZE // CELLS)
     return torch.where(covered, clutter, images), visibility
+
+
+def misalign(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift every picture `[B, 1, 24, 24]` by up to 2 pixels each way, scale it by up to 10 %, turn it by up to 8°."""
+
+    def draw(most: float) -> Tensor:
+        return torch.empty(len(images), dtype=torch.float32, device="cpu").uniform_(-most, most, generator=generator)
+
+    angle, scale, shift = draw(math.radians(8)), 1 + draw(0.1), 2 * 2 / SIZE  # of the affine grid, -1 to 1
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    rows = torch.stack([cosine, -sine, draw(shift)], dim=1), torch.stack([sine, cosine, draw(shift)], dim=1)
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round().to(images.dtype)

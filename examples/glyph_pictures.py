@@ -1,4 +1,4 @@
-"""The demo's pictures: the learned class graph, the local correspondences of one character, the training curves."""
+"""The demo's pictures: accuracy over time, classes and their nearest ones, the local matches of one character."""
 
 from __future__ import annotations
 
@@ -6,21 +6,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs
+from glyph_data import CELLS, FACES, QUERY_FACE, SIZE, Glyphs, normalize
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qaconv_triton import QAConv
 from qaconv_triton.functional import class_neighbors
 
+# Okabe and Ito's colours, which people with any colour vision can tell apart; markers say the same
+STYLES = (("#666666", "D"), ("#0072B2", "s"), ("#E69F00", "^"), ("#D55E00", "o"))
+
 ANCHORS = (
     "OlcAe3iKnE-\u00ab+8uPxT\u0416\u044f\u03b8\u2192&?SdHLRp0(/=vyzUo"  # shown if they are in training, in this order
 )
 ANCHOR_ROWS, NEIGHBORS_SHOWN = 8, 7
 TILE, GAP = SIZE + 8, 14  # a picture with its frame; room for a number below
+
+
+def draw_accuracy(path: Path, curves: dict[str, list[tuple[list[float], list[float]]]], unit: str) -> None:
+    """Mean average precision of occluded queries over the seconds of training: each seed thin, their mean thick."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, seeds), (color, marker) in zip(curves.items(), STYLES, strict=False):
+        for seconds, precision in seeds:
+            axes.plot(seconds, precision, color=color, linewidth=0.8, alpha=0.4)
+        seconds, precision = np.array(seeds).mean(axis=0)
+        axes.plot(seconds, precision, color=color, linewidth=2.2, marker=marker, markersize=7, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(
+        xlabel=f"{unit}, logarithmic",
+        ylabel="mAP of occluded queries",
+        title="Accuracy over training time; thin: one seed each",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def draw_neighbors(path: Path, glyphs: Glyphs, table: Tensor) -> None:
@@ -62,7 +87,7 @@ def draw_correspondences(
     wanted = [glyph for mark in PAIR for glyph in pairable if glyphs.characters[glyph] == mark]
     glyph = (wanted or pairable)[0]
     gallery = glyphs.images[glyph, SERIF][None, None].to(occluded.device)
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.6, 3.1), layout="constrained")
     left, right = figure.subplots(1, 2)
     everything = torch.ones_like(visibility[:1])
     query = glyphs.images[glyph, QUERY_FACE][None].to(occluded.device)
@@ -78,7 +103,7 @@ def draw_matches(
     axes: Axes, title: str, backbone: nn.Module, matcher: QAConv, probe: Tensor, gallery: Tensor, visibility: Tensor
 ) -> LineCollection:
     """Draw the strongest of the best matches of those probe locations that show ink."""
-    probe_map, gallery_map = backbone(torch.stack([probe, gallery])).split(1)
+    probe_map, gallery_map = backbone(normalize(torch.stack([probe, gallery]))).split(1)
     matches = matcher.correspondences(probe_map, gallery_map, visibility)
     best, found, visibility = matches.similarity_a.flatten().cpu(), matches.b_location.flatten().cpu(), visibility.cpu()
     cell = SIZE // CELLS
@@ -86,20 +111,21 @@ def draw_matches(
     chosen = (
         best.masked_fill(~ink, -1.0).topk(min(LINES, max(1, int((ink & (visibility.flatten() > 0.5)).sum())))).indices
     )
-    offset = SIZE + SIZE // 2
-    canvas = np.full((SIZE, offset + SIZE), 255, np.uint8)
-    canvas[:, :SIZE], canvas[:, offset:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
+    right, down = SIZE + SIZE // 2, SIZE // 4  # of the gallery picture: a step down keeps the lines apart
+    canvas = np.full((SIZE + down, right + SIZE), 255, np.uint8)
+    canvas[:SIZE, :SIZE], canvas[down:, right:] = 255 - probe[0].cpu().numpy(), 255 - gallery[0].cpu().numpy()
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     shade = np.kron(1 - visibility[0, 0].numpy(), np.ones((cell, cell)))
     axes.imshow(np.zeros_like(shade), cmap="autumn", alpha=0.45 * shade, extent=(-0.5, SIZE - 0.5, SIZE - 0.5, -0.5))
-    start, end = center(chosen), center(found[chosen])
-    end[:, 0] += offset
+    for x, y in ((0, 0), (right, down)):
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), SIZE, SIZE, fill=False, edgecolor="0.7"))
+    start, end = center(chosen), center(found[chosen]) + torch.tensor([right, down])
     lines = LineCollection(torch.stack([start, end], dim=1).numpy(), array=best[chosen].numpy(), cmap="viridis")
     lines.set(clim=(0, 1), linewidth=1.6)
     axes.add_collection(lines)
     for ends in (start, end):
-        axes.scatter(*ends.mT.numpy(), s=10, c=best[chosen].numpy(), vmin=0, vmax=1, cmap="viridis", zorder=3)
-    axes.set(title=title, xlim=(-0.5, offset + SIZE - 0.5), ylim=(SIZE - 0.5, -0.5))
+        axes.scatter(*ends.mT.numpy(), s=12, c=best[chosen].numpy(), vmin=0, vmax=1, cmap="viridis", zorder=3)
+    axes.set(title=title, xlim=(-1, right + SIZE), ylim=(SIZE + down, -1))
     axes.set_axis_off()
     return lines
 
@@ -107,19 +133,3 @@ def draw_matches(
 def center(location: Tensor) -> Tensor:
     """The pixel (x, y) in the middle of locations `[M]`: `[M, 2]`."""
     return (torch.stack([location % CELLS, location // CELLS], dim=1).float() + 0.5) * (SIZE / CELLS) - 0.5
-
-
-def draw_training(path: Path, curves: dict[str, tuple[list[float], list[float]]]) -> None:
-    """Loss and accuracy of the class path over the course of training, as running means."""
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, (losses, accuracies) in curves.items():
-        for axes, values in ((left, losses), (right, accuracies)):
-            curve = torch.tensor(values, dtype=torch.float64, device="cpu")
-            smooth = curve.unfold(0, max(1, len(curve) // 25), 1).mean(dim=1)
-            axes.plot(np.linspace(0, 100, len(smooth)), smooth, label=name)
-    left.set(xlabel="% of training", ylabel="loss", yscale="log")
-    right.set(xlabel="% of training", ylabel="accuracy", ylim=(0, 1))
-    right.legend(fontsize="small")
-    figure.suptitle("(a) chooses among all classes, (b) and (c) among a class and its neighbours", fontsize="medium")
-    figure.savefig(path, dpi=100)

@@ -1,356 +1,347 @@
-"""Train a QAConv matcher with graph sampling on pictures of characters, and measure it on characters it never saw.
+"""Does scoring a sample against the K classes nearest to its own replace scoring it against all N? A measurement.
 
 A character is an identity, a font face a camera: given a character in DejaVu Sans, find it among the pictures that
-DejaVu Sans Mono and DejaVu Serif draw of hundreds of others. Three matchers train on the same backbone, with the same
-kind of losses, for about the same time:
+DejaVu Sans Mono and DejaVu Serif draw of hundreds of others. All characters of the test are unseen in training.
+Four methods train the same backbone with the same losses:
 
-    pooled   global average pooling and cosine, the usual baseline; graph-sampled batches
-    random   QAConv, batches of random classes
-    graph    QAConv, graph-sampled batches: a class together with classes that are near to it
+    pooled    one vector per picture, cosine: the usual baseline
+    all       QAConv, a sample scored against all N classes
+    random    QAConv, a sample scored against its own class and K random ones
+    nearest   QAConv, a sample scored against its own class and the K classes nearest to it (graph sampling)
 
-`python examples/glyphs.py --help` lists the options. Read on from `main`, or from `train` for what you would write
-in a training script of your own.
+The last three see the same batches, in the same order. `python examples/glyphs.py --help` lists the options. Read on
+from `main`; what you would write in a training script of your own is in recipe.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import math
-import statistics
+import importlib
+import multiprocessing
+import os
 import time
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from glyph_data import CELLS, GALLERY_FACES, QUERY_FACE, Glyphs, load_glyphs, occlude
-from glyph_pictures import draw_correspondences, draw_neighbors, draw_training
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
-from torchmetrics.retrieval import RetrievalHitRate, RetrievalMAP
-from tqdm import tqdm
-
-from qaconv_triton import GraphSampler, QAConv, SoftmaxTripletLoss
-from qaconv_triton.functional import class_neighbors
-from qaconv_triton.losses import batch_hard_hinge
+from glyph_data import CELLS, GALLERY_FACES, QUERY_FACE, Glyphs, load_glyphs, misalign, normalize, occlude
+from glyph_pictures import draw_accuracy, draw_correspondences, draw_neighbors
+from recipe import Backbone, ClassBatches, MatchingLoss, PooledLoss, Recipe, bootstrap_interval, fit, make_loss, rank
+from torch import Tensor
 
 METHODS = {
-    "pooled": "(a) global average pooling + cosine",
-    "random": "(b) QAConv, random batches",
-    "graph": "(c) QAConv, graph-sampled batches",
+    "pooled": "pooled features, cosine",
+    "all": "QAConv, all {classes:,} classes",
+    "random": "QAConv, {k} random + own",
+    "nearest": "QAConv, {k} nearest + own",
 }
-WITH_VISIBILITY = "(d) as (c), with visibility maps"
-
-CHANNELS = 64
-INSTANCES = 4  # pictures of each class in a batch
-BATCH_CLASSES = 16
-NEAR = 64  # classes that may join a class in its batch
-POOLED_EPOCHS = 3  # of the baseline for each of QAConv's, in about the same time
-LEARNING_RATE = 3e-3
-MARGIN = 1.0
-TRAIN_SHARE = 0.8  # of the classes
+QUERIES = ("clean", "misaligned", "occluded", "with visibility")
+ON_CURVE = "occluded"  # what is measured at every checkpoint
+CHANNELS = 32
+CHECKPOINTS = 4
+POOLED_STEPS = 3  # of the baseline for each of the others: about the time of nearest K
 OCCLUDED_SHARE = 0.25  # of an occluded query
-
-
-class Backbone(nn.Sequential):
-    """Four small convolutions: pictures [B, 1, 28, 28] uint8 -> feature maps [B, 64, 7, 7]."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *convolution(1, 32),
-            nn.ReLU(inplace=True),
-            *convolution(32, 64, stride=2),
-            nn.ReLU(inplace=True),
-            *convolution(64, 64, stride=2),
-            nn.ReLU(inplace=True),
-            *convolution(64, CHANNELS),
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = images.float() / 127.5 - 1
-        return super().forward(pixels.contiguous(memory_format=torch.channels_last))
-
-
-def convolution(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs)
-
-
-class PooledCosine(nn.Module):
-    """The baseline: cosine of globally pooled features, with `SoftmaxTripletLoss`'s two losses and a learned scale."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.class_embed = nn.Parameter(torch.randn(num_classes, CHANNELS, 1, 1) / CHANNELS**0.5)
-        self.scale = nn.Parameter(torch.tensor(10.0))
-
-    def match(self, probe_features: Tensor, gallery_features: Tensor) -> Tensor:
-        return pooled(probe_features) @ pooled(gallery_features).mT
-
-    def forward(self, feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        logits = self.scale * self.match(feature, self.class_embed)
-        cls_loss = F.cross_entropy(logits, target, reduction="none")
-        triplet_loss, triplet_acc = batch_hard_hinge(self.scale * self.match(feature, feature), target, MARGIN)
-        cls_acc = (logits.argmax(dim=1) == target).float()
-        return cls_loss, triplet_loss, cls_loss + triplet_loss.mean(), cls_acc, triplet_acc
-
-
-def pooled(features: Tensor) -> Tensor:
-    return F.normalize(features.mean(dim=(2, 3)), dim=1)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Queries, clean and occluded, and the gallery they are looked for in; pictures [M, 1, 28, 28] uint8."""
+    """Queries and the gallery they are looked for in; pictures [M, 1, 24, 24] uint8."""
 
-    queries: Tensor
-    occluded: Tensor
-    visibility: Tensor  # [M, 1, 7, 7] of the occluded queries
-    query_labels: Tensor
+    queries: dict[str, Tensor]  # clean, misaligned, occluded
+    visibility: Tensor  # [M, 1, 6, 6] of the occluded queries
     gallery: Tensor
-    gallery_labels: Tensor
+    same: Tensor  # [M, G], whether query and gallery picture show one character
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What training leaves: the two modules in eval mode, loss and accuracy of every batch, and the seconds."""
+class Run:
+    """One training: what it took and how well every query was answered."""
 
-    backbone: Backbone
-    matcher: QAConv | PooledCosine
-    losses: list[float]
-    accuracies: list[float]
-    seconds: float
-
-
-def split(glyphs: Glyphs, num_classes: int, seed: int) -> tuple[Glyphs, Glyphs]:
-    """Draw `num_classes` classes, four fifths of them for training and the others for the test."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(glyphs), generator=generator, device="cpu")[:num_classes]
-    border = round(TRAIN_SHARE * len(order))
-    return glyphs[order[:border]], glyphs[order[border:]]
+    method: str
+    seed: int
+    seconds: list[float]  # of training, at every checkpoint
+    curve: list[float]  # mAP of occluded queries, likewise
+    answers: dict[str, tuple[Tensor, Tensor]]  # at the end: rank-1 and average precision of every query
+    model: tuple[Backbone, MatchingLoss | PooledLoss] | None  # of the first seed
 
 
-def make_test_set(glyphs: Glyphs, clutter: Glyphs, seed: int, device: torch.device) -> TestSet:
-    """Cover a quarter of each query by a part of a training character."""
-    generator = torch.Generator().manual_seed(seed)
+def split(glyphs: Glyphs, classes: int, test_classes: int) -> tuple[Glyphs, Glyphs]:
+    """Draw the characters for training and those for the test."""
+    order = torch.randperm(len(glyphs), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return glyphs[order[test_classes : test_classes + classes]], glyphs[order[:test_classes]]
+
+
+def make_test_set(glyphs: Glyphs, clutter: Glyphs) -> TestSet:
+    """Draw three versions of every query: clean, misaligned, and a quarter hidden by a part of another character."""
+    generator = torch.Generator("cpu").manual_seed(0)
     queries, query_labels = glyphs.samples([QUERY_FACE])
     gallery, gallery_labels = glyphs.samples(GALLERY_FACES)
     others = torch.randint(len(clutter), (len(queries),), generator=generator, device="cpu")
     cover = clutter.images[others, QUERY_FACE].unsqueeze(1)
     occluded, visibility = occlude(queries, cover, OCCLUDED_SHARE, generator)
-    tensors = queries, occluded, visibility, query_labels, gallery, gallery_labels
-    return TestSet(*(tensor.to(device) for tensor in tensors))
+    versions = {"clean": queries, "misaligned": misalign(queries, generator), "occluded": occluded}
+    return TestSet(versions, visibility, gallery, query_labels[:, None] == gallery_labels)
 
 
-def train(method: str, glyphs: Glyphs, seed: int, options: argparse.Namespace) -> Trained:
-    """Train a backbone and a matcher on the classes of `glyphs`."""
+def run(name: str, recipe: Recipe, seed: int, glyphs: Glyphs, test: TestSet, options: argparse.Namespace) -> Run:
+    """Train by a recipe, measure occluded queries at every checkpoint, and all queries at the end."""
+    importlib.import_module("torch._dynamo")  # which the first optimizer would do, within the seconds of its method
     torch.manual_seed(seed)
     device, num_classes = options.device, len(glyphs)
-    images, labels = (tensor.to(device) for tensor in glyphs.samples())
-    backbone = Backbone().to(device, torch.float32, memory_format=torch.channels_last)
-    matcher: QAConv | PooledCosine
-    loss_function: nn.Module
-    if method == "pooled":
-        matcher = loss_function = PooledCosine(num_classes).to(device, torch.float32)
-    else:
-        matcher = QAConv(CHANNELS, CELLS, CELLS, num_classes, options.k_nearest, include_self=True)
-        matcher.to(device, torch.float32)
-        loss_function = SoftmaxTripletLoss(matcher, margin=MARGIN, background="ignore")
+    pictures, labels = glyphs.samples()
+    images = normalize(pictures.to(device))
+    labels_on_device = labels.to(device)
+    backbone = Backbone(1, CHANNELS).to(device, torch.float32, memory_format=torch.channels_last)
+    loss_function = make_loss(recipe, (CHANNELS, CELLS, CELLS), num_classes).to(device, torch.float32)
+    sampler = ClassBatches(labels, recipe, loss_function.table, seed)
 
-    def classes_of_batches() -> Tensor:
-        """Which classes may join each class in a batch [N, 64]; the sampler asks at the start of every epoch.
+    def load_epoch() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in sampler:
+            rows = torch.tensor(batch, device=device)
+            yield images[rows], labels_on_device[rows]
 
-        Always the nearest few would be too much: beside its doubles a character has hardly any chance at first.
-        """
-        if method == "random":
-            return torch.randint(num_classes, (num_classes, NEAR), device="cpu")
-        near = class_neighbors(matcher.class_embed, min(NEAR, num_classes - 1)).cpu()
-        return near.gather(1, torch.rand(near.shape, device="cpu").argsort(dim=1))
+    def load_few() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(images[::3].split(512), labels_on_device[::3].split(512), strict=True)  # 2 of a class or more
 
-    sampler = GraphSampler(labels, classes_of_batches, BATCH_CLASSES * INSTANCES, INSTANCES, seed=seed)
-    epochs = options.epochs * (POOLED_EPOCHS if method == "pooled" else 1)
-    batches = max(1, num_classes // BATCH_CLASSES)  # each class comes about once; the sampler would go on
-    steps = min(epochs * batches, options.steps or epochs * batches)
-    epochs = math.ceil(steps / batches)
-    parameters = [*backbone.parameters(), *matcher.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    losses, accuracies = [], []
-    started = time.perf_counter()
-    name = f"seed {seed}, {METHODS[method]:36}"
-    with tqdm(total=steps, desc=name, unit="batch", disable=None) as progress:  # a bar on a terminal only
-        for epoch in range(epochs):
-            if epoch == 1:
-                start_classes_at_means(matcher, backbone, images, labels)
-            if isinstance(matcher, QAConv):
-                matcher.on_epoch_start()  # the classes have moved: the class graph is computed anew
-            for batch in islice(sampler, min(batches, steps - len(losses))):
-                rows = torch.tensor(batch, device=device)
-                with precision(options):
-                    _, _, loss, accuracy, _ = loss_function(backbone(images[rows]), labels[rows])
-                optimizer.zero_grad()
-                loss.mean().backward()
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.mean().item())
-                accuracies.append(accuracy.mean().item())
-                progress.set_postfix(loss=f"{losses[-1]:.2f}", accuracy=f"{accuracies[-1]:.2f}", refresh=False)
-                progress.update()
-            if progress.disable:
-                loss, accuracy = (statistics.fmean(each[-batches:]) for each in (losses, accuracies))
-                print(f"{name}: epoch {epoch + 1} of {epochs}, loss {loss:.2f}, accuracy {accuracy:.2f}", flush=True)
-    return Trained(backbone.eval(), matcher.eval(), losses, accuracies, time.perf_counter() - started)
+    steps = options.steps * (POOLED_STEPS if recipe.scored == "pooled" else 1)
+    checkpoints = sorted({-(-steps * (i + 1) // CHECKPOINTS) for i in range(CHECKPOINTS)})
+    seconds, curve, losses, training = [], [], [], 0.0
+    started = read_clock(device)
+    for step, loss in enumerate(fit(backbone, loss_function, recipe, load_epoch, load_few, steps), start=1):
+        losses.append(loss)
+        if step in checkpoints:
+            training += read_clock(device) - started
+            seconds.append(training)
+            curve.append(evaluate(backbone, loss_function, test, ON_CURVE, device)[1].mean().item())
+            loss = torch.stack(losses[-step // 4 :]).mean().item()
+            print(
+                f"{name:29} seed {seed}: {step:4} of {steps} batches in {training:5.1f} s, "
+                f"loss {loss:.2f}, occluded mAP {curve[-1]:.3f}",
+                flush=True,
+            )
+            started = read_clock(device)
+    answers = {
+        kind: evaluate(backbone, loss_function, test, kind, device)
+        for kind in QUERIES
+        if kind != "with visibility" or isinstance(loss_function, MatchingLoss)
+    }
+    model = (backbone.cpu().eval(), loss_function.cpu()) if seed == 1 else None
+    return Run(name, seed, seconds, curve, answers, model)
 
 
-def precision(options: argparse.Namespace) -> torch.autocast:
-    """Convolutions and matching in bfloat16 where the options say so; their weights and the losses stay in fp32."""
-    return torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=options.bf16)
+def read_clock(device: torch.device) -> float:
+    """Seconds: on a CPU those of this process's one thread, so that whatever else runs counts little; else elapsed."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def start_classes_at_means(matcher: QAConv | PooledCosine, backbone: Backbone, images: Tensor, labels: Tensor) -> None:
-    """Set each class to its mean feature map, as seen after an epoch; from there the table is learned on.
-
-    From random numbers the table would need more epochs than this demo has until its graph means something.
-    """
-    some = slice(None, None, 3)  # two pictures of every class, or more
+def evaluate(
+    backbone: Backbone, loss_function: MatchingLoss | PooledLoss, test: TestSet, kind: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Rank-1 and average precision of every query `[M]` of a kind."""
+    was_training = backbone.training
     backbone.eval()
-    features = extract(backbone, images[some])
-    backbone.train()
-    table = matcher.class_embed
-    total = features.new_zeros(len(table), *features.shape[1:]).index_add_(0, labels[some], features)
-    table.copy_(F.normalize(F.adaptive_avg_pool2d(total, table.shape[2:]), dim=1))
-
-
-@torch.no_grad()
-def extract(backbone: Backbone, images: Tensor) -> Tensor:
-    return torch.cat([backbone(part) for part in images.split(512)])
-
-
-def evaluate(trained: Trained, test: TestSet) -> tuple[list[float], list[float]]:
-    """Rank-1 and mAP for clean and for occluded queries; and for the latter with visibility maps (QAConv)."""
-    clean, occluded, gallery = (
-        extract(trained.backbone, images) for images in (test.queries, test.occluded, test.gallery)
+    pictures = test.queries["occluded" if kind == "with visibility" else kind], test.gallery
+    queries, gallery = (
+        torch.cat([backbone(normalize(part.to(device))) for part in each.split(512)]) for each in pictures
     )
-    matcher = trained.matcher
-    blind = [
-        *measure(matcher.match(clean, gallery), test),
-        *measure(matcher.match(occluded, gallery), test),
-    ]
-    if isinstance(matcher, PooledCosine):
-        return blind, []
-    sighted = measure(matcher.match(occluded, gallery, probe_occ=test.visibility), test)
-    return blind, [*blind[:2], *sighted]
+    if kind == "with visibility":
+        scores = loss_function.match(queries, gallery, test.visibility.to(device))
+    else:
+        scores = loss_function.match(queries, gallery)
+    backbone.train(was_training)
+    return rank(scores.cpu(), test.same)
 
 
-def measure(scores: Tensor, test: TestSet) -> tuple[float, float]:
-    """Rank-1 and mean average precision of `scores [queries, gallery]`."""
-    same = test.query_labels[:, None] == test.gallery_labels
-    query = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
-    positive = scores - scores.min() + 1.0  # torchmetrics takes an item of score 0 or less as not retrieved
-    ranking = positive.flatten().cpu(), same.flatten().cpu()
-    query = query.flatten().cpu()
-    return float(RetrievalHitRate(top_k=1)(*ranking, indexes=query)), float(RetrievalMAP()(*ranking, indexes=query))
+def run_all(tasks: list[tuple], options: argparse.Namespace) -> list[Run]:
+    """Run tasks side by side, one thread each, or one after the other on a GPU."""
+    if options.workers == 1:
+        return [run(*task) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, context, torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(run, *zip(*tasks, strict=True)))
 
 
-def make_table(results: dict[str, list[list[float]]], seconds: dict[str, float], note: str) -> str:
-    """The means over the seeds, in Markdown; `note` says what was measured."""
-    lines = [
-        "| matcher | rank-1 clean | mAP clean | rank-1 occluded | mAP occluded | seconds of training |",
-        "|---|---|---|---|---|---|",
-    ]
-    spread = 0.0
-    for name, runs in results.items():
-        values = torch.tensor(runs, dtype=torch.float64, device="cpu")
-        spread = max(spread, (values.max(dim=0).values - values.min(dim=0).values).max().item())
-        cells = [f"{value:.3f}" for value in values.mean(dim=0).tolist()]
-        cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    if len(runs) > 1:
-        note += f" Mean of {len(runs)} seeds, each with its own classes; they differ by up to {spread:.3f} in a cell."
-    return "\n".join(lines) + f"\n\n{note}\n"
+def mean_answers(runs: list[Run], name: str, kind: str, seeds: list[int]) -> tuple[Tensor, Tensor] | None:
+    """Rank-1 and average precision of every query, each the mean over seeds."""
+    answers = [run.answers.get(kind) for run in runs if run.method == name and run.seed in seeds]
+    if answers[0] is None:
+        return None
+    rank1, precision = zip(*answers, strict=True)
+    return torch.stack(rank1).mean(dim=0), torch.stack(precision).mean(dim=0)
 
 
-def save_losses(path: Path, curves: list[tuple[str, int, list[float], list[float]]]) -> None:
-    """Loss and accuracy of every batch of every training, a row each."""
+def make_table(runs: list[Run], names: dict[str, str]) -> str:
+    """Rank-1 and mAP of every method and kind of query, in Markdown."""
+    lines = ["| method | seeds | seconds | " + " | ".join(QUERIES) + " |", "|---|---|---|" + "---|" * len(QUERIES)]
+    for name in names.values():
+        seconds = {run.seed: run.seconds[-1] for run in runs if run.method == name}
+        cells = [name, str(len(seconds)), f"{sum(seconds.values()) / len(seconds):.1f}"]
+        for kind in QUERIES:
+            answers = mean_answers(runs, name, kind, list(seconds))
+            cells.append("" if answers is None else " / ".join(f"{each.mean().item():.3f}" for each in answers))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compare(runs: list[Run], better: str, other: str) -> list[str]:
+    """Differences between two methods over the seeds that both have, with 95 % intervals over queries."""
+    seeds = sorted(set.intersection(*({run.seed for run in runs if run.method == name} for name in (better, other))))
+    lines = []
+    for kind in QUERIES:
+        first, second = (mean_answers(runs, name, kind, seeds) for name in (better, other))
+        if first is None or second is None:
+            continue
+        cells = []
+        for mine, theirs in zip(first, second, strict=True):
+            low, high = bootstrap_interval(mine - theirs)
+            cells.append(f"{(mine - theirs).mean().item():+.3f} ({low:+.3f} to {high:+.3f})")
+        lines.append(f"| {other} | {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def save_results(path: Path, runs: list[Run]) -> None:
+    """A row for every training and kind of query."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["method", "seed", "batch", "loss", "accuracy"])
-        for method, seed, losses, accuracies in curves:
-            for batch, values in enumerate(zip(losses, accuracies, strict=True)):
-                writer.writerow([method, seed, batch, *values])
+        writer.writerow(["method", "seed", "seconds", "queries", "rank1", "mAP", "mAP_low", "mAP_high"])
+        for each in runs:
+            for kind, (rank1, precision) in each.answers.items():
+                values = rank1.mean().item(), precision.mean().item(), *bootstrap_interval(precision)
+                writer.writerow(
+                    [each.method, each.seed, f"{each.seconds[-1]:.2f}", kind, *(f"{x:.4f}" for x in values)]
+                )
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train QAConv with graph sampling on pictures of characters.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure what it costs and gains to score samples against the nearest classes only."
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=default_device, help="where to train")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of QAConv; a class comes about once in each")
-    parser.add_argument("--steps", type=int, help="stop each training after so many batches, if its epochs have more")
-    parser.add_argument("--bf16", action="store_true", help="convolutions and matching in bfloat16, by autocast")
-    parser.add_argument("--k-nearest", type=int, default=20, help="neighbours that a class is compared with")
-    parser.add_argument("--classes", type=int, default=1250, help="characters: 4/5 for training, 1/5 for the test")
-    parser.add_argument("--seed", type=int, default=1, help="the first seed: of classes, weights and batches")
-    parser.add_argument("--seeds", type=int, default=2, help="how many seeds to take the mean of")
-    parser.add_argument("--output", type=Path, default="out/glyphs", help="folder for pictures, table and losses")
+    parser.add_argument(
+        "--device", type=torch.device, default=default_device, help=f"where to train ({default_device})"
+    )
+    parser.add_argument("--classes", type=int, help="characters for training (960; on a GPU all but the test's)")
+    parser.add_argument("--test-classes", type=int, default=600, help="characters for the test (600)")
+    parser.add_argument("--steps", type=int, help="batches of 64 pictures (180; on a GPU 300)")
+    parser.add_argument("--k-nearest", type=int, default=20, help="K (20)")
+    parser.add_argument("--seeds", type=int, help="trainings of each method (2; on a GPU 3)")
+    parser.add_argument("--all-seeds", type=int, help="trainings against all classes (1; on a GPU as --seeds)")
+    parser.add_argument("--workers", type=int, help="trainings side by side (one for each core; on a GPU 1)")
+    parser.add_argument("--output", type=Path, default=Path("out/glyphs"), help="folder for results (out/glyphs)")
     options = parser.parse_args()
-    training = round(TRAIN_SHARE * options.classes)
-    if min(options.epochs, options.seeds, options.k_nearest, 1 if options.steps is None else options.steps) < 1:
-        parser.error("--epochs, --steps, --seeds and --k-nearest must be at least 1")
-    if training <= max(options.k_nearest, BATCH_CLASSES):
-        parser.error(
-            f"--classes {options.classes} leaves {training} for training; it takes more than "
-            f"{BATCH_CLASSES} (a batch) and more than --k-nearest"
-        )
+    on_cpu = options.device.type == "cpu"
+    if on_cpu:
+        defaults = {"classes": 960, "steps": 180, "seeds": 2, "all_seeds": 1, "workers": count_cores()}
+    else:
+        defaults = {"classes": 10**6, "steps": 300, "seeds": 3, "all_seeds": 3, "workers": 1}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.all_seeds = min(options.all_seeds, options.seeds)
+    if (
+        min(options.test_classes, options.steps, options.k_nearest, options.seeds, options.all_seeds, options.workers)
+        < 1
+    ):
+        parser.error("--test-classes, --steps, --k-nearest, --seeds, --all-seeds and --workers must be at least 1")
+    if options.classes <= max(options.k_nearest, Recipe.batch_classes):
+        parser.error(f"--classes must be more than {Recipe.batch_classes} (those of a batch) and more than --k-nearest")
     return options
 
 
+def count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
-    """Train and measure every method for every seed; draw the pictures, print the table."""
+    """Train and measure every method; draw the pictures, print the tables."""
     started = time.perf_counter()
     options = parse_options()
     options.output.mkdir(parents=True, exist_ok=True)
     glyphs = load_glyphs()
-    options.classes = min(options.classes, len(glyphs))
-    results: dict[str, list[list[float]]] = {}
-    seconds: dict[str, float] = {}
-    curves: list[tuple[str, int, list[float], list[float]]] = []
-    for seed in range(options.seed, options.seed + options.seeds):
-        seen, unseen = split(glyphs, options.classes, seed)
-        test = make_test_set(unseen, seen, seed, options.device)
-        runs = {method: train(method, seen, seed, options) for method in METHODS}
-        for method, trained in runs.items():
-            with precision(options):
-                blind, sighted = evaluate(trained, test)
-            curves.append((method, seed, trained.losses, trained.accuracies))
-            results.setdefault(METHODS[method], []).append(blind)
-            seconds[METHODS[method]] = seconds.get(METHODS[method], 0.0) + trained.seconds / options.seeds
-            if method == "graph":
-                results.setdefault(WITH_VISIBILITY, []).append(sighted)
-        if seed == options.seed:
-            draw_neighbors(options.output / "neighbors.png", seen, runs["graph"].matcher.class_embed)
-            draw_correspondences(
-                options.output / "correspondences.png",
-                runs["graph"].backbone,
-                runs["graph"].matcher,
-                unseen,
-                test.occluded,
-                test.visibility,
-            )
-            drawn = {METHODS[method]: (run.losses, run.accuracies) for method, run in runs.items()}
-            draw_training(options.output / "training.png", drawn)
-    save_losses(options.output / "losses.csv", curves)
-    note = (
-        f"{len(test.queries)} unseen characters as queries in DejaVu Sans, {len(test.gallery)} pictures of them in "
-        f"DejaVu Sans Mono and Serif as the gallery; trained on {len(seen)} other characters."
+    options.classes = min(options.classes, len(glyphs) - options.test_classes)
+    seen, unseen = split(glyphs, options.classes, options.test_classes)
+    test = make_test_set(unseen, seen)
+    names = {method: text.format(classes=len(seen), k=options.k_nearest) for method, text in METHODS.items()}
+    print(
+        f"Identity = character, camera = font face. {len(seen):,} characters are for training; {len(unseen)} others\n"
+        f"are queries in DejaVu Sans, to be found among {len(test.gallery):,} pictures of them in Mono and Serif.\n"
+        f"Every method trains the same backbone; those with QAConv see the same {options.steps} batches, and differ\n"
+        "only in the classes that a sample is scored against.\n"
+        "Queries: clean; misaligned (shifted, scaled, turned a little); occluded (a quarter is hidden behind a part\n"
+        "of another character); with visibility (the same, and the matcher knows what is hidden)."
     )
-    table = make_table(results, seconds, note)
-    (options.output / "results.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nPictures and table are in {options.output}/; {time.perf_counter() - started:.0f} s in all.")
+    base = Recipe(k_nearest=options.k_nearest)
+    tasks = [
+        (names[method], replace(base, scored=method), seed, seen, test, options)
+        for method in sorted(METHODS, key="all".__ne__)  # all classes first: it takes longest
+        for seed in range(1, 1 + (options.all_seeds if method == "all" else options.seeds))
+    ]
+    print(f"{len(tasks)} trainings, {min(options.workers, len(tasks))} at a time:\n", flush=True)
+    runs = run_all(tasks, options)
+    report(runs, names, seen, unseen, test, options)
+    print(f"Pictures and tables are in {options.output}/; {time.perf_counter() - started:.0f} s in all.")
+
+
+def report(
+    runs: list[Run], names: dict[str, str], seen: Glyphs, unseen: Glyphs, test: TestSet, options: argparse.Namespace
+) -> None:
+    """Write tables and pictures, and print what they say."""
+    differences = [
+        f"| {names['nearest']}, less | queries | rank-1 (95 % interval) | mAP (95 % interval) |",
+        "|---|---|---|---|",
+        *(line for other in ("all", "random", "pooled") for line in compare(runs, names["nearest"], names[other])),
+    ]
+    clock = "processor seconds of one core" if options.device.type == "cpu" else "seconds"
+    note = (
+        f"Rank-1 / mAP on {len(unseen)} characters that are not among the {len(seen):,} of the training. Time of "
+        f"training in {clock}, without evaluation."
+    )
+    text = "\n".join([make_table(runs, names), "", note, "", *differences, ""])
+    (options.output / "results.md").write_text(text, encoding="utf-8")
+    save_results(options.output / "results.csv", runs)
+    print(f"\n{text}\n{summarize(runs, names)}\n")
+    curves = {name: [(run.seconds, run.curve) for run in runs if run.method == name] for name in names.values()}
+    draw_accuracy(options.output / "accuracy.png", curves, f"training ({clock})")
+    (model,) = (run.model for run in runs if run.method == names["nearest"] and run.model is not None)
+    backbone, loss_function = model
+    draw_neighbors(options.output / "neighbors.png", seen, loss_function.table)
+    occluded = test.queries["occluded"]
+    draw_correspondences(
+        options.output / "correspondences.png", backbone, loss_function.matcher, unseen, occluded, test.visibility
+    )
+
+
+def summarize(runs: list[Run], names: dict[str, str]) -> str:
+    """What the tables say about the claim, in words."""
+    lines = []
+    for method, subject in (
+        ("all", f"all {names['all'].split()[2]} classes"),
+        ("random", "K random classes"),
+        ("pooled", "pooling"),
+    ):
+        seeds = sorted(
+            set.intersection(*({run.seed for run in runs if run.method == names[m]} for m in ("nearest", method)))
+        )
+        mine, theirs = (mean_answers(runs, names[m], ON_CURVE, seeds) for m in ("nearest", method))
+        difference = mine[1] - theirs[1]
+        low, high = bootstrap_interval(difference)
+        comparison = "better than" if low > 0 else "worse than" if high < 0 else "as good as"
+        seconds = [
+            sum(run.seconds[-1] for run in runs if run.method == names[m] and run.seed in seeds)
+            for m in ("nearest", method)
+        ]
+        lines.append(
+            f"On occluded queries K nearest classes are {comparison} {subject}: mAP {difference.mean().item():+.3f} "
+            f"({low:+.3f} to {high:+.3f}), in {seconds[0] / seconds[1]:.2f} of the time."
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

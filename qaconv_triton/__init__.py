@@ -14,6 +14,7 @@ from . import functional
 from .checkpoint import convert_checkpoint
 from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
 from .matcher import Correspondences, QAConv
+from .sample_graph import sample_class_graph
 from .sampler import GraphSampler
 from .scores import ClassScores
 
@@ -28,5 +29,6 @@ __all__ = [
     "TripletLoss",
     "convert_checkpoint",
     "functional",
+    "sample_class_graph",
 ]
 __version__ = "0.1.0"

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint, functional, ops
+from .distributed import computed_by_first_rank, has_ranks, is_in_ddp_forward
 from .progress import Progress
 from .scores import (
     PAIRS,
@@ -143,7 +145,9 @@ class QAConv(nn.Module):
             self.class_embed = nn.Parameter(table.to(memory_format=layout))
         self._graph: Tensor | None = None
         self._copied_table: Tensor | None = None  # a sample of a copy's table, until the copied graph is used
-        self._last_graph: Tensor | None = None  # as computed here, whatever became of it: the next search starts there
+        self._last_graph: Tensor | None = (
+            None  # as computed or assigned, if dropped since: the next search starts there
+        )
         self._pending_gallery: Tensor | None = None
         self._warned_of_gallery_visibility = False
 
@@ -157,7 +161,7 @@ class QAConv(nn.Module):
         """The class graph, int64 `[N, K]` on the module's device; None until it is built, or after it is dropped.
 
         An attribute, not a buffer: it is in no state dict, and is neither averaged nor broadcast. A graph of your own
-        may be assigned.
+        may be assigned, or one saved with a checkpoint: the next search starts from it, as it would have done.
 
         Raises:
             TypeError: assigned something else than an int64 tensor.
@@ -184,7 +188,7 @@ class QAConv(nn.Module):
                 raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
             if not neighbors.is_meta:
                 check_index(neighbors, shape[0], name, "classes")
-            neighbors = neighbors.detach().to(table.device)
+            neighbors = self._last_graph = neighbors.detach().to(table.device)
         self._graph, self._copied_table = neighbors, None
 
     def extra_repr(self) -> str:
@@ -381,15 +385,17 @@ class QAConv(nn.Module):
     def compute_class_neighbors(self, *, progress: bool | Progress = False) -> Tensor:
         """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
 
-        From the second time on, the graph before is where the search starts from.
+        From the second time on, the graph before is where the search starts from. In training mode, where
+        `torch.distributed` is initialised, all ranks call it together: rank 0 searches, and all get its graph.
 
         Args:
             progress: as of `functional.class_neighbors`.
 
         Raises:
             ValueError: no class table, `k_nearest` out of range, NaN or Inf in the table.
+            RuntimeError: rank 0 could not build the graph.
         """
-        neighbors = self._search_neighbors(progress)
+        neighbors = self._search_neighbors(progress, together=self.training and has_ranks())
         self._graph, self._last_graph, self._copied_table = neighbors, neighbors, None
         return neighbors
 
@@ -457,18 +463,23 @@ class QAConv(nn.Module):
         """The class graph, searched for if there is none or the table or `k_nearest` was replaced; not kept."""
         graph, table = self.class_neighbors, self._class_table()
         if graph is None or tuple(graph.shape) != (table.shape[0], self.k_nearest):
-            return self._search_neighbors()
+            return self._search_neighbors(together=self.training and is_in_ddp_forward())
         return graph.to(table.device)  # replicas of DataParallel share the first one's
 
-    def _search_neighbors(self, progress: bool | Progress = False) -> Tensor:
-        """Search the neighbours of every class, starting from the last graph; nothing is kept."""
+    def _search_neighbors(self, progress: bool | Progress = False, *, together: bool = False) -> Tensor:
+        """Search the neighbours of every class, starting from the last graph; nothing is kept.
+
+        Ranks that do it `together` get the graph of the first.
+        """
         if torch.compiler.is_compiling():  # a break of the graph; as a decorator, `disable` imports the compiler
-            neighbors: Tensor = torch.compiler.disable(QAConv._search_neighbors)(self, progress)
+            neighbors: Tensor = torch.compiler.disable(QAConv._search_neighbors)(self, progress, together=together)
             return neighbors
         table, previous = self._class_table(), self._last_graph
-        if previous is not None and tuple(previous.shape) != (table.shape[0], self.k_nearest):
+        shape = table.shape[0], self.k_nearest
+        if previous is not None and tuple(previous.shape) != shape:
             previous = None
-        return functional.class_neighbors(table, self.k_nearest, previous=previous, progress=progress)
+        search = partial(functional.class_neighbors, table, self.k_nearest, previous=previous, progress=progress)
+        return computed_by_first_rank(search, shape, table.device) if together else search()
 
     def _sample_table(self) -> Tensor | None:
         """Some values of the table of a graph: they tell whether all of it was written to, through `.data` or not."""

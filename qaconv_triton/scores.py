@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import functional, ops
 from .common.dtypes import accumulation_dtype
+from .distributed import is_synced, sum_over_ranks
 from .recompute import is_recomputing
 
 MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
@@ -173,7 +174,7 @@ def pair_scores(
     """Compute `logit_bn(fc(bn(pooled)))`, one score per pair.
 
     Running statistics stay as they are: the caller updates them by `update_running_statistics` when nothing can fail
-    any more. Statistics are those of this process's batch.
+    any more. Statistics are those of this rank's batch, or of all ranks' batches for a `SyncBatchNorm`.
 
     Args:
         pooled: `[P, K, 2S]`.
@@ -185,13 +186,12 @@ def pair_scores(
         `[P, K]` in pooled's dtype, whatever autocast says; the statistics of the norms that are to be updated.
 
     Raises:
-        TypeError: a `SyncBatchNorm`, whose statistics would be those of all processes.
         ValueError: batch statistics of a single pair.
     """
     bn, fc, logit_bn = head
-    _check_norms(head)
     pairs = pooled.shape[0] * pooled.shape[1]
-    if pairs == 0:  # all parameters take part, for other processes may have pairs and wait for their gradients
+    if pairs == 0 and not (_is_synced(bn, evaluate) or _is_synced(logit_bn, evaluate)):
+        # all parameters take part, for other ranks may have pairs and wait for their gradients
         scores = pooled.sum(-1)
         for parameter in (*bn.parameters(), *fc.parameters(), *logit_bn.parameters()):
             scores = scores + parameter.sum().to(pooled.dtype)
@@ -259,11 +259,7 @@ def folded(head: Head, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         head: the modules, both norms frozen.
         size: 2S.
         dtype: of the result.
-
-    Raises:
-        TypeError: a `SyncBatchNorm`.
     """
-    _check_norms(head)
     scale, shift = _affine(head.bn)
     weight, bias = _both_halves(head.fc, size, torch.float64)
     logit = shift * weight.sum()
@@ -281,20 +277,13 @@ def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     return scale.squeeze(0), (shift - norm.running_mean.double() * scale).squeeze(0)
 
 
-def _check_norms(head: Head) -> None:
-    if any(isinstance(module, nn.SyncBatchNorm) for module in head):
-        raise TypeError(
-            "QAConv's batch norms see one process's pairs; convert_sync_batchnorm must leave the matcher out"
-        )
-
-
 def check_pairs(pairs: int, head: Head, *, evaluate: bool = False) -> None:
     """Require more than one pair where `logit_bn` takes its statistics from them.
 
     Raises:
         ValueError: a single pair.
     """
-    if pairs == 1 and _uses_batch(head.logit_bn, evaluate):
+    if pairs == 1 and _uses_batch(head.logit_bn, evaluate) and not is_synced(head.logit_bn):
         raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 
@@ -306,6 +295,10 @@ def _uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
     return (norm.training and not evaluate) or norm.running_mean is None
 
 
+def _is_synced(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
+    return _uses_batch(norm, evaluate) and is_synced(norm)
+
+
 def _batch_norm(
     norm: nn.BatchNorm1d, values: Tensor, mask: Tensor | None, evaluate: bool, statistics: list[BatchStatistics]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,15 +307,19 @@ def _batch_norm(
     What the running statistics are to be updated with is appended to `statistics`.
     """
     if _uses_batch(norm, evaluate):
-        if mask is None:
-            count = values.new_full((), float(values.numel()))
-            mean = values.mean()
-            centred = values - mean
+        synced = _is_synced(norm, evaluate)
+        counted = values if mask is None else torch.where(mask, values, 0.0)
+        count = values.new_full((), float(values.numel()))
+        if mask is not None:
+            count = mask.sum() * (values.numel() // max(mask.numel(), 1)) * values.new_ones(())
+        if synced:
+            count, total = sum_over_ranks(torch.stack([count, counted.sum()]), norm.process_group).unbind()
+            mean = total / count.clamp(min=1.0)
         else:
-            count = mask.sum() * (values.numel() // mask.numel()) * values.new_ones(())
-            mean = torch.where(mask, values, 0.0).sum() / count.clamp(min=1.0)
-            centred = torch.where(mask, values - mean, 0.0)
-        variance = centred.square().sum() / count.clamp(min=1.0)
+            mean = values.mean() if mask is None else counted.sum() / count.clamp(min=1.0)
+        centred = values - mean if mask is None else torch.where(mask, values - mean, 0.0)
+        squares = centred.square().sum()
+        variance = (sum_over_ranks(squares, norm.process_group) if synced else squares) / count.clamp(min=1.0)
         if norm.training and not evaluate and _tracks(norm):
             statistics.append(BatchStatistics(norm, mean.detach(), variance.detach(), count))
     else:

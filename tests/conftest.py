@@ -1,4 +1,4 @@
-"""What every test stands on: kernels that run without a GPU too, poisoned memory, fixed seeds.
+"""What all tests rely on: kernels that run without a GPU too, poisoned memory, fixed seeds.
 
 Tests run on CUDA if there is a device, with compiled kernels, else on the CPU with interpreted ones. With `--benchmark`
 the perf checks run instead: see perf_gate.py.
@@ -40,25 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def speed_up_interpreter() -> None:
-    """Replace `tl` once for a module's device functions: the interpreter does it at each call, 40% of its time."""
-    from triton.runtime import interpreter
-
-    replaced = set()
-
-    def call(self: interpreter.InterpretedFunction, *args: object, **named: object) -> object:
-        module = self.fn.__module__
-        if module not in replaced:
-            interpreter._patch_lang(self.fn)
-            replaced.add(module)
-        return self.rewrite()(*args, **named)
-
-    interpreter.InterpretedFunction.__call__ = call
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        speed_up_interpreter()
+        import interpreter
+
+        interpreter.speed_up()
     if config.getoption("--benchmark"):
         return
     os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see the default tiles

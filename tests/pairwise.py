@@ -1,4 +1,4 @@
-"""Fewer cases than the full product of parameters, in which every two values of two parameters still meet."""
+"""Pairwise test cases: fewer than the full product of parameters, yet every two values of two occur together."""
 
 from __future__ import annotations
 

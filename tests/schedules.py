@@ -48,32 +48,6 @@ class _Deferred:
 
 
 @contextmanager
-def patched_once() -> Iterator[None]:
-    """Halve the interpreter's time: it prepares `triton.language` at each call of a helper; once a launch will do."""
-    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    prepared: set[tuple[bool, ...]] = set()
-    nothing = mock.Mock(spec=["restore"])
-
-    def prepare_once(function: Any) -> Any:
-        modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
-        key = tuple(module in modules for module in (interpreter.tl, interpreter.tl.core))
-        if key in prepared:
-            return nothing
-        prepared.add(key)
-        return prepare(function)
-
-    def launch_anew(executor: Any, *args: Any, **options: Any) -> None:
-        prepared.clear()
-        launch(executor, *args, **options)
-
-    with (
-        mock.patch.object(interpreter, "_patch_lang", prepare_once),
-        mock.patch.object(interpreter.GridExecutor, "__call__", launch_anew),
-    ):
-        yield
-
-
-@contextmanager
 def scheduled(run: Callable[[list[Program]], None]) -> Iterator[None]:
     """Let `run` call the programs of every launch."""
     launch = interpreter.GridExecutor.__call__

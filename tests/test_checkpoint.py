@@ -1,4 +1,4 @@
-"""Published QAConv checkpoints score and train here as they did there, and state dicts of ours are what they say."""
+"""Published QAConv checkpoints score and train here as they did there; what is refused changes nothing."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import io
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from inputs import CPU, C, H, K, N, S, W, gradient_of, maps
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qaconv_triton import PairwiseMatchingLoss, QAConv, SoftmaxTripletLoss, TripletLoss, convert_checkpoint
 from qaconv_triton.checkpoint import convert_shared_fc
 
-C, H, W, N, K = 5, 2, 3, 8, 3
-S = H * W
+fp64_maps = partial(maps, dtype=torch.float64, device=CPU)
 
 
 class Published(nn.Module):
@@ -33,7 +35,7 @@ class Published(nn.Module):
         self.logit_bn = nn.BatchNorm1d(1)
 
     def forward(self, probe: Tensor, gallery: Tensor) -> Tensor:
-        probe, gallery = (F.normalize(maps, dim=1).flatten(2) for maps in (probe, gallery))
+        probe, gallery = (F.normalize(features, dim=1).flatten(2) for features in (probe, gallery))
         corr = torch.einsum("pcs,gcr->pgrs", probe, gallery)
         pooled = torch.cat([corr.max(dim=2).values, corr.max(dim=3).values], dim=-1)
         values = self.bn(pooled.view(-1, 1, S)).view(-1, S)
@@ -48,16 +50,12 @@ def published() -> Published:
         for parameter in module.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
     for seed in (1, 2, 3):  # running statistics of their own
-        module(maps(4, seed), maps(3, seed + 10))
+        module(fp64_maps(4, seed), fp64_maps(3, seed + 10))
     return module
 
 
-def maps(count: int, seed: int) -> Tensor:
-    return torch.randn(count, C, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def assert_same_scores(matcher: QAConv, module: Published) -> None:
-    probe, gallery = maps(4, 7), maps(3, 8)
+    probe, gallery = fp64_maps(4, 7), fp64_maps(3, 8)
     for training in (False, True, False):  # the second changes the running statistics, alike
         matcher.train(training)
         module.train(training)
@@ -66,16 +64,15 @@ def assert_same_scores(matcher: QAConv, module: Published) -> None:
         )
         actual, expected = matcher(*actual_inputs), module(*expected_inputs)
         assert float(expected.detach().std()) > 0.1
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        assert_close(actual, expected, torch.float64)
         weight = torch.randn(actual.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         (actual * weight).sum().backward()
         (expected * weight).sum().backward()
         for found, wanted in zip(actual_inputs, expected_inputs, strict=True):
-            assert wanted.grad is not None
-            assert wanted.grad.abs().max() > 1e-3
-            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-8, atol=1e-10)
+            assert gradient_of(wanted).abs().max() > 1e-3
+            assert_close(gradient_of(found), gradient_of(wanted), torch.float64)
     for name, buffer in module.named_buffers():
-        torch.testing.assert_close(matcher.get_buffer(name), buffer, rtol=1e-10, atol=1e-10)
+        assert_close(matcher.get_buffer(name), buffer, torch.float64, name)
 
 
 def test_published_checkpoint_scores_the_same() -> None:
@@ -233,7 +230,7 @@ def train_published(module: Published, optimizer: torch.optim.Optimizer, steps: 
 def train(loss: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:
-        value = loss(maps(6, step), torch.tensor([0, 0, 1, 1, 2, 2])).mean()
+        value = loss(fp64_maps(6, step), torch.tensor([0, 0, 1, 1, 2, 2])).mean()
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -275,7 +272,7 @@ def test_a_run_of_qaconv_2_1_resumes(make_optimizer: Callable[[Any], torch.optim
     for own, theirs in zip(resumed.state.values(), optimizer.state.values(), strict=True):
         assert own.keys() == theirs.keys()
         for name, value in theirs.items():
-            torch.testing.assert_close(own[name], value, rtol=1e-8, atol=1e-10)
+            assert_close(own[name], value, torch.float64, name)
 
 
 def test_a_shared_fc_starts_as_published_and_has_one_half() -> None:
@@ -296,18 +293,18 @@ def test_a_shared_fc_scores_as_its_two_halves(mode: str) -> None:
     separate.load_state_dict(shared.state_dict())  # ours, too, is converted
     assert torch.equal(separate.fc.weight, torch.cat([shared.fc.weight] * 2, dim=1))
     assert torch.equal(separate.fc.bias, 2 * shared.fc.bias)
-    feature, target = maps(4, 1), torch.tensor([0, 0, 3, 7])
+    feature, target = fp64_maps(4, 1), torch.tensor([0, 0, 3, 7])
     for call in (
         lambda matcher: matcher(feature, labels=target),
         lambda matcher: matcher(feature),
         lambda matcher: matcher(feature, "same"),
-        lambda matcher: matcher.match(feature, maps(3, 2)),
-        lambda matcher: matcher.match_pairs(feature, maps(4, 2)),
+        lambda matcher: matcher.match(feature, fp64_maps(3, 2)),
+        lambda matcher: matcher.match_pairs(feature, fp64_maps(4, 2)),
     ):
         expected = call(separate)
         assert float(expected.detach().std()) > 1e-2
-        torch.testing.assert_close(call(shared), expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(shared.bn.running_mean, separate.bn.running_mean)
+        assert_close(call(shared), expected, torch.float64)
+    assert_close(shared.bn.running_mean, separate.bn.running_mean, torch.float64)  # type: ignore[arg-type]
     assert_refused(shared, separate.state_dict(), "size mismatch for fc.weight")
 
 
@@ -323,7 +320,7 @@ class PublishedHalves(Published):
         self.gallery_first = gallery_first
 
     def forward(self, probe: Tensor, gallery: Tensor) -> Tensor:
-        probe, gallery = (F.normalize(maps, dim=1).flatten(2) for maps in (probe, gallery))
+        probe, gallery = (F.normalize(features, dim=1).flatten(2) for features in (probe, gallery))
         corr = torch.einsum("pcs,gcr->pgrs", probe, gallery)
         by_probe, by_gallery = corr.max(dim=2).values, corr.max(dim=3).values
         pooled = torch.cat([by_gallery, by_probe] if self.gallery_first else [by_probe, by_gallery], dim=-1)
@@ -384,7 +381,7 @@ def test_conversion_refuses(arguments: tuple[Any, ...], error: type[Exception], 
         convert_checkpoint(*arguments)
 
 
-def test_a_guess_about_the_release_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_assumption_about_the_release_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     QAConv(C, H, W).load_state_dict(published().state_dict())
     QAConv(C, H, W).load_state_dict(QAConv(C, H, W).state_dict())
@@ -400,15 +397,15 @@ def test_a_guess_about_the_release_is_logged(caplog: pytest.LogCaptureFixture) -
 
 
 def assert_refused(matcher: nn.Module, state: Any, message: str, **options: Any) -> None:
-    """`load_state_dict` raises, and matcher, graph and hint are as before."""
+    """`load_state_dict` raises, and matcher, graph and previous graph are as before."""
     before = {name: value.clone() for name, value in matcher.state_dict().items()}
     inner = next(module for module in matcher.modules() if isinstance(module, QAConv))
-    graph, hint = inner.class_neighbors, inner._last_graph
+    graph, previous = inner.class_neighbors, inner._last_graph
     with pytest.raises(RuntimeError, match=message):
         matcher.load_state_dict(state, **options)
     assert all(torch.equal(value, before[name]) for name, value in matcher.state_dict().items())
     assert inner.class_neighbors is graph
-    assert inner._last_graph is hint
+    assert inner._last_graph is previous
 
 
 @pytest.mark.parametrize(
@@ -432,7 +429,7 @@ def test_a_checkpoint_of_ours_for_another_map_size_is_refused(saved: QAConv, loa
     assert_refused(wrap(loading), torch.load(file, weights_only=True), rf"size mismatch for {prefix}fc\.weight")
 
 
-def test_without_metadata_the_class_table_tells_the_map_size() -> None:
+def test_without_metadata_the_class_table_shows_the_map_size() -> None:
     saved = QAConv(C, H, W, num_classes=N, k_nearest=K)
     loading = QAConv(C, H, 2 * W, num_classes=N, k_nearest=K)
     assert_refused(loading, dict(saved.state_dict()), "size mismatch for class_embed")
@@ -460,9 +457,9 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_refused_state_dict_changes_nothing(broken: Callable[[dict[str, Any]], Any], assign: bool) -> None:
     matcher = QAConv(C, H, W, num_classes=N, k_nearest=K)
-    matcher(maps(4, 1).float(), labels=torch.tensor([0, 1, 2, 3]))
+    matcher(fp64_maps(4, 1).float(), labels=torch.tensor([0, 1, 2, 3]))
     other = QAConv(C, H, W, num_classes=N, k_nearest=K)
-    other(maps(4, 2).float(), "same")
+    other(fp64_maps(4, 2).float(), "same")
     state = other.state_dict()
     broken(state)
     assert matcher._last_graph is not None
@@ -474,7 +471,7 @@ def test_a_refused_state_dict_changes_nothing(broken: Callable[[dict[str, Any]],
 @pytest.mark.parametrize("name", ["table", "fc", "norm", "not a tensor"])
 def test_a_state_dict_refused_through_a_loss_changes_nothing(name: str) -> None:
     loss = SoftmaxTripletLoss(QAConv(C, H, W, num_classes=N, k_nearest=K))
-    loss(maps(4, 1).float(), torch.tensor([0, 0, 2, 2]))
+    loss(fp64_maps(4, 1).float(), torch.tensor([0, 0, 2, 2]))
     state = QAConv(C, H, W, num_classes=N, k_nearest=K).state_dict()
     BROKEN[name](state)
     assert_refused(loss, {f"matcher.{key}": value for key, value in state.items()}, "Error", strict=False)
@@ -483,7 +480,7 @@ def test_a_state_dict_refused_through_a_loss_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["missing", "unexpected"])
 def test_keys_refused_through_a_loss_change_nothing(name: str) -> None:
     loss = SoftmaxTripletLoss(QAConv(C, H, W, num_classes=N, k_nearest=K))
-    loss(maps(4, 1).float(), torch.tensor([0, 0, 2, 2]))
+    loss(fp64_maps(4, 1).float(), torch.tensor([0, 0, 2, 2]))
     state = {key: torch.ones_like(value) for key, value in loss.state_dict().items()}
     if name == "missing":
         del state["matcher.fc.bias"]
@@ -535,10 +532,10 @@ def test_gradient_has_the_layout_of_the_table_for_fused_optimizers(layout: torch
         # of a size that leaves the rounding of a gradient near zero as small as it is
         optimizer = torch.optim.AdamW(matcher.parameters(), lr=0.1, eps=1.0, fused=fused)
         for labels in ([0, 3, 3, 7], [1, 0, 5, 2]):
-            matcher(maps(4, 1).float(), labels=torch.tensor(labels)).square().sum().backward()
+            matcher(fp64_maps(4, 1).float(), labels=torch.tensor(labels)).square().sum().backward()
             assert matcher.class_embed.grad is not None
             assert matcher.class_embed.grad.stride() == matcher.class_embed.stride()
             optimizer.step()
             optimizer.zero_grad()
         tables.append(matcher.class_embed.detach())
-    torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-6)
+    assert_close(*tables, torch.float32, "tables")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from inputs import torch_default
 from tolerances import assert_values
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -19,24 +19,9 @@ CASES = [("torch", torch.bfloat16), ("torch", torch.float64), ("torch", "meta")]
 CASES += [("triton", torch.bfloat16), ("triton", "meta")]
 
 
-@contextmanager
-def default(value: torch.dtype | str) -> Iterator[None]:
-    """Change torch's default dtype, or its default device, for a while."""
-    if isinstance(value, str):
-        with torch.device(value):
-            yield
-        return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(value)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def value(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype | str:
-    """The other default; the backend is chosen as well."""
+    """The other default; and the backend."""
     backend, value = request.param
     monkeypatch.setenv("QACONV_TRITON_BACKEND", backend)
     return value
@@ -45,7 +30,7 @@ def value(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 def check(call: Callable[[], tuple[Tensor, ...]], value: torch.dtype | str) -> None:
     """Assert that `call` returns the same under another default: values, dtypes and devices."""
     expected = call()
-    with default(value):
+    with torch_default(value):
         results = call()
     for got, true in zip(results, expected, strict=True):
         assert (got.dtype, got.device, got.layout) == (true.dtype, true.device, true.layout)
@@ -56,13 +41,13 @@ def check(call: Callable[[], tuple[Tensor, ...]], value: torch.dtype | str) -> N
             assert torch.equal(got, true)
 
 
-def exact(count: int, device: torch.device) -> Tensor:
+def integer_embeddings(count: int, device: torch.device) -> Tensor:
     """Embeddings of small integers, whose products are exact in fp32 whatever the order of the sum."""
     return torch.randint(-3, 4, (count, 24), device=device).float()
 
 
 def test_class_neighbors(value: torch.dtype | str, device: torch.device) -> None:
-    table = exact(90, device)
+    table = integer_embeddings(60, device)
 
     def call() -> tuple[Tensor, ...]:
         found = class_neighbors(table, 3, return_similarities=True)
@@ -75,15 +60,15 @@ def test_rescored_neighbors(value: torch.dtype | str, device: torch.device) -> N
     """Similarities kept in the default dtype mixed up neighbours that differ by less than its rounding."""
     table = normalize(torch.randn(1, 24, device=device) + 0.1 * torch.randn(60, 24, device=device))
     similarity = table.double() @ table.double().mT
-    with default(value):
+    with torch_default(value):
         similarities, neighbors = class_neighbors(table, 9, rescore=True, return_similarities=True)
     best = similarity.fill_diagonal_(-torch.inf).topk(9).values
     assert similarities.dtype == torch.float32
-    assert (similarity.gather(1, neighbors) - best).abs().max() < 1e-6
+    assert (similarity.gather(1, neighbors) - best).abs().max() < 1e-6  # far below the rounding of bf16
 
 
 def test_topk_cosine(value: torch.dtype | str, device: torch.device) -> None:
-    queries, keys = exact(20, device), exact(70, device)
+    queries, keys = integer_embeddings(20, device), integer_embeddings(60, device)
     check(lambda: topk_cosine(queries, keys, 5) + topk_cosine(queries.double(), keys.double(), 5), value)
 
 
@@ -103,7 +88,7 @@ def test_max_correlation(value: torch.dtype | str, device: torch.device) -> None
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, of interpreted kernels
 @pytest.mark.parametrize(("length", "sparse_grad"), [(1.0, False), (1e30, True)], ids=["dense", "out of range, sparse"])
 def test_class_path(length: float, sparse_grad: bool, value: torch.dtype | str, device: torch.device) -> None:
-    matcher = QAConv(8, 3, 2, num_classes=9, k_nearest=4, include_self=True, sparse_grad=sparse_grad).to(device)
+    matcher = QAConv(8, 3, 2, num_classes=7, k_nearest=2, include_self=True, sparse_grad=sparse_grad).to(device)
     with torch.no_grad():
         matcher.class_embed.mul_(length)
     features = torch.randn(3, 8, 3, 2, device=device, requires_grad=True)

@@ -1,70 +1,232 @@
-"""The demo, small: it trains, measures, draws and reports."""
+"""The demo, small: it trains, measures, compares, draws and reports; and the parts that it is made of."""
 
 from __future__ import annotations
 
 import csv
 import importlib
 import re
-import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_hit_rate
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "glyphs.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+demo, data, pictures, recipe = (
+    importlib.import_module(name) for name in ("glyphs", "glyph_data", "glyph_pictures", "recipe")
+)
+ablations = importlib.import_module("ablations")
+sys.path.remove(str(EXAMPLES))
+
+TINY = ("--classes", "60", "--test-classes", "20", "--steps", "6", "--k-nearest", "5", "--device", "cpu")
+METHODS = ["pooled features, cosine", "QAConv, all 60 classes", "QAConv, 5 random + own", "QAConv, 5 nearest + own"]
 
 
-def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run([sys.executable, str(EXAMPLE), *options], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run
+@pytest.fixture(scope="module")
+def glyphs() -> Any:
+    return data.load_glyphs()
 
 
-@pytest.mark.slow
-def test_demo_writes_its_table_and_pictures(tmp_path: Path) -> None:
-    options = ["--classes", "60", "--epochs", "2", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
-    run = run_demo(*options)
+def run_main(module: Any, glyphs: Any, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *TINY, *options])
+    monkeypatch.setattr(module, "load_glyphs", lambda: glyphs)
+    module.main()
+
+
+def test_the_demo_reports_what_it_measured(
+    glyphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(demo, glyphs, monkeypatch, "--seeds", "2", "--workers", "1", "--output", str(tmp_path))
+    printed = capsys.readouterr().out
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert table.strip() in run.stdout
-    rows = re.findall(r"^\| \(([a-d])\).*?\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", table, re.MULTILINE)
-    assert [name for name, *_ in rows] == ["a", "b", "c", "d"]
-    for _, *cells in rows:
+    assert table in printed
+    pairs = r" \| ".join([r"([\d.]+) / ([\d.]+)"] * 3)
+    rows = re.findall(rf"^\| ([^|]+) \| (\d) \| ([\d.]+) \| {pairs} \|", table, re.MULTILINE)
+    assert [row[0] for row in rows] == METHODS
+    assert [row[1] for row in rows] == ["2", "1", "2", "2"]  # all classes: one seed, for its time
+    for _, _, seconds, *cells in rows:
+        assert float(seconds) > 0
         assert all(0.0 < float(cell) <= 1.0 for cell in cells)
-        assert float(cells[0]) > 1.5 / 12  # rank-1 of clean queries: twelve unseen characters, so better than chance
-    for picture in ("neighbors.png", "correspondences.png", "training.png"):
+        assert float(cells[0]) > 3 / 20  # rank-1 of clean queries: twenty unseen characters, so better than chance
+    differences = re.findall(r"^\| ([^|]+) \| \w[\w ]+ \| (\S+) \((\S+) to (\S+)\) \|", table, re.MULTILINE)
+    assert [name for name, *_ in differences] == [METHODS[i] for i in (1, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0)]
+    assert all(float(low) <= float(mean) <= float(high) for _, mean, low, high in differences)
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        saved = list(csv.DictReader(file))
+    assert len(saved) == 3 * 2 + 4 * (1 + 2 + 2)
+    nearest = [float(row["rank1"]) for row in saved if (row["method"], row["queries"]) == (METHODS[3], "occluded")]
+    cells = next(row[3:] for row in rows if row[0] == METHODS[3])
+    assert float(cells[4]) == pytest.approx(sum(nearest) / 2, abs=6e-4)
+    assert len(re.findall(r"batches in +[\d.]+ s, loss [\d.]+, occluded mAP 0\.\d+", printed)) == 7 * 4
+    for picture in ("accuracy.png", "neighbors.png", "correspondences.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def train_tiny(glyphs: Any, name: str, choices: Any, steps: int = 4) -> Any:
+    seen, unseen = demo.split(glyphs, 40, 12)
+    test = demo.make_test_set(unseen, seen)
+    return demo.run(name, choices, 1, seen, test, Namespace(device=torch.device("cpu"), steps=steps))
+
+
+def test_a_training_repeats_and_methods_see_the_same_batches(glyphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[list[torch.Tensor]] = []
+    forward = recipe.MatchingLoss.forward
+
+    def record(self: Any, feature: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        labels[-1].append(target)
+        return forward(self, feature, target)
+
+    monkeypatch.setattr(recipe.MatchingLoss, "forward", record)
+    runs = []
+    for scored in ("nearest", "nearest", "random", "all"):
+        labels.append([])
+        runs.append(train_tiny(glyphs, scored, recipe.Recipe(scored=scored, k_nearest=5)))
+    assert all(torch.equal(torch.stack(each), torch.stack(labels[0])) for each in labels)
+    first, second, *others = ({kind: torch.stack(values) for kind, values in run.answers.items()} for run in runs)
+    assert all(torch.equal(first[kind], second[kind]) for kind in demo.QUERIES)
+    assert all(any(not torch.equal(first[kind], other[kind]) for kind in demo.QUERIES) for other in others)
+
+
 @pytest.mark.slow
-def test_demo_in_bf16_stops_after_some_batches(tmp_path: Path) -> None:
-    options = ["--classes", "40", "--epochs", "4", "--seeds", "1", "--k-nearest", "5", "--output", str(tmp_path)]
-    run = run_demo(*options, "--bf16", "--steps", "3")
-    assert "\r" not in run.stderr  # no bar in a log
-    assert re.findall(r"^seed 1, \((.)\).*: epoch (\d) of 2, loss \d+", run.stdout, re.MULTILINE) == [
-        (method, epoch) for method in "abc" for epoch in "12"
-    ]
-    with (tmp_path / "losses.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    methods = ("pooled", "random", "graph")
-    assert [(row["method"], row["seed"], row["batch"]) for row in rows] == [
-        (method, "1", str(batch)) for method in methods for batch in range(3)
-    ]
-    assert all(0.0 < float(row["loss"]) < 20.0 and 0.0 <= float(row["accuracy"]) <= 1.0 for row in rows)
+def test_workers_give_what_one_process_gives(glyphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # for the workers
+    tables = []
+    for workers in ("1", "2"):
+        run_main(demo, glyphs, monkeypatch, "--seeds", "1", "--workers", workers, "--output", str(tmp_path / workers))
+        with (tmp_path / workers / "results.csv").open(newline="", encoding="utf-8") as file:
+            tables.append([(row["method"], row["queries"], float(row["mAP"])) for row in csv.DictReader(file)])
+    assert [row[:2] for row in tables[0]] == [row[:2] for row in tables[1]]
+    # threads may sum in other orders
+    assert all(abs(one[2] - other[2]) < 0.1 for one, other in zip(*tables, strict=True))
 
 
-def test_the_demo_prepares_the_same_under_another_default_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    demo, data, pictures = (importlib.import_module(name) for name in ("glyphs", "glyph_data", "glyph_pictures"))
+@pytest.mark.slow
+def test_ablations(
+    glyphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(ablations, glyphs, monkeypatch, "--seeds", "1", "--workers", "1", "--output", str(tmp_path))
+    table = (tmp_path / "ablations.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out
+    rows = re.findall(r"^\| ([^|]+) \| \d+ ((?:\| [\d.]+ ){4})\|", table, re.MULTILINE)
+    assert [name for name, _ in rows] == list(ablations.VARIANTS)
+    values = {name: [float(cell) for cell in re.findall(r"[\d.]+", cells)] for name, cells in rows}
+    assert values["table starts at random"][0] < values[ablations.RECIPE][0]  # after six batches: nothing but the start
+
+
+def test_all_classes_are_the_nearest_of_the_largest_k() -> None:
+    torch.manual_seed(0)
+    shape, classes = (8, 3, 3), 12
+    every = recipe.MatchingLoss(recipe.Recipe(scored="all", k_nearest=2), shape, classes)
+    nearest = recipe.MatchingLoss(recipe.Recipe(scored="nearest", k_nearest=classes - 1), shape, classes)
+    nearest.load_state_dict(every.state_dict())
+    feature, target = torch.randn(10, *shape), torch.randint(classes, (10,))
+    torch.testing.assert_close(every(feature, target), nearest(feature, target))
+
+
+def test_random_neighbors_are_other_classes_and_every_one_in_its_turn() -> None:
+    torch.manual_seed(0)
+    counts = torch.zeros(9, 9)
+    for _ in range(600):
+        graph = recipe.draw_random_graph(9, 4)
+        assert all(len(set(row)) == 4 for row in graph.tolist())
+        counts.scatter_add_(1, graph, torch.ones(9, 4))
+    assert counts.diagonal().eq(0).all()
+    others = counts[~torch.eye(9, dtype=torch.bool)]  # each one in half of the graphs, give or take five deviations
+    assert others.min() > 300 - 5 * 12.3
+    assert others.max() < 300 + 5 * 12.3
+
+
+@pytest.mark.parametrize("near_classes", [1, 4])
+def test_every_class_comes_in_an_epoch(near_classes: int) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(40).repeat(6)[torch.randperm(240)]
+    labels = torch.cat([labels[labels != 7], torch.tensor([7, 7])])  # fewer pictures of class 7 than instances
+    angle = torch.arange(40) * (2 * torch.pi / 40)
+    table = torch.stack([angle.cos(), angle.sin()], dim=1)[:, :, None, None]  # on a circle: near is next to
+    choices = recipe.Recipe(batch_classes=8, instances=3, near_classes=near_classes)
+    sampler = recipe.ClassBatches(labels, choices, table, seed=1)
+    epochs = [list(sampler), list(sampler)]
+    assert epochs[0] != epochs[1]
+    for batches in epochs:
+        assert len(batches) == len(sampler) == 5
+        classes = labels[torch.tensor(batches)].view(5, 8, 3)
+        assert (classes == classes[:, :, :1]).all()
+        assert classes[:, :, 0].flatten().sort().values.tolist() == list(range(40))
+        for batch in batches:
+            assert len(set(batch)) == 24 - (7 in labels[batch])
+    first = classes[:, :, 0].reshape(-1, near_classes)
+    apart = (first - first[:, :1]).abs()
+    distance = torch.minimum(apart, 40 - apart).amax(dim=1).float()
+    assert distance.median() <= near_classes  # of most groups; what is left at the end lies apart
+
+
+def test_table_starts_at_means() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(10, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 2])
+    table = torch.nn.Parameter(torch.randn(3, 3, 4, 4))
+    batches = zip(images.split(4), labels.split(4), strict=True)
+    recipe.start_table_at_means(table, torch.nn.Identity(), batches)
+    expected = torch.stack([F.normalize(images[labels == i], dim=1).mean(dim=0) for i in range(3)])
+    torch.testing.assert_close(table.data, F.normalize(expected, dim=1))
+
+
+def test_rank_agrees_with_torchmetrics() -> None:
+    torch.manual_seed(0)
+    scores, same, left_out = torch.rand(30, 20), torch.rand(30, 20) < 0.2, torch.rand(30, 20) < 0.3
+    same[3] = False
+    rank1, precision = recipe.rank(scores, same, left_out)
+    for i in range(30):
+        kept = ~left_out[i]
+        if (same[i] & kept).any():
+            assert precision[i] == pytest.approx(retrieval_average_precision(scores[i, kept], same[i, kept]).item())
+            assert rank1[i] == retrieval_hit_rate(scores[i, kept], same[i, kept], top_k=1)
+        else:
+            assert precision[i].isnan()
+            assert rank1[i].isnan()
+
+
+def test_bootstrap_interval_is_that_of_a_mean() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = recipe.bootstrap_interval(values)
+    deviation = 1.96 * values.std().item() / 20
+    assert low == pytest.approx(values.mean().item() - deviation, abs=0.15 * deviation)
+    assert high == pytest.approx(values.mean().item() + deviation, abs=0.15 * deviation)
+
+
+def test_misaligned_pictures_are_near_the_originals(glyphs: Any) -> None:
+    images = glyphs.images[:200, data.QUERY_FACE].unsqueeze(1)
+    moved = data.misalign(images, torch.Generator().manual_seed(0))
+    assert moved.dtype == images.dtype
+
+    def center_of_ink(image: torch.Tensor) -> torch.Tensor:
+        weight = image.float().flatten(1) + 1e-6
+        pixel = torch.arange(data.SIZE, dtype=torch.float32)
+        place = torch.stack([pixel.repeat_interleave(data.SIZE), pixel.repeat(data.SIZE)])
+        return weight @ place.mT / weight.sum(dim=1, keepdim=True)
+
+    shift = (center_of_ink(moved) - center_of_ink(images)).norm(dim=1)
+    assert 0.5 < shift.mean() < 3  # up to 2 pixels each way, and what turns and scales move
+    ratio = moved.float().sum(dim=(1, 2, 3)) / images.float().sum(dim=(1, 2, 3))
+    assert 0.75 < ratio.mean() < 1.25
+
+
+def test_the_demo_prepares_the_same_under_another_default_dtype_and_device() -> None:
     images = torch.randint(256, (20, len(data.FACES), data.SIZE, data.SIZE), dtype=torch.uint8)
     glyphs = data.Glyphs([chr(65 + i) for i in range(20)], images, torch.ones(20, len(data.FACES), dtype=torch.bool))
+    answers = {kind: (torch.ones(12), torch.ones(12)) for kind in demo.QUERIES}
+    run = demo.Run("a", 1, [1.0], [0.5], answers, None)
 
     def prepare() -> tuple[object, ...]:
-        seen, unseen = demo.split(glyphs, 15, seed=3)
-        test = demo.make_test_set(unseen, seen, 3, torch.device("cpu"))
-        table = demo.make_table({"a": [[0.12345, 0.98765], [0.12355, 0.98775]]}, {}, "note")
-        ends = pictures.center(torch.tensor([0, 48], device="cpu"))
-        return seen.characters, *vars(test).values(), table, ends
+        seen, unseen = demo.split(glyphs, 15, 5)
+        test = demo.make_test_set(unseen, seen)
+        table = demo.make_table([run], {"a": "a"}), *demo.compare([run], "a", "a")
+        ends = pictures.center(torch.tensor([0, 35], device="cpu"))
+        return seen.characters, *test.queries.values(), test.visibility, test.gallery, test.same, table, ends
 
     expected = prepare()
     dtype = torch.get_default_dtype()

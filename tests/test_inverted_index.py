@@ -1,4 +1,4 @@
-"""The inverted index against a dictionary of lists."""
+"""The inverted index against a dictionary."""
 
 from __future__ import annotations
 

@@ -140,15 +140,16 @@ def corners(values: dict[str, Callable[[np.ndarray], Any]], grids: list[tuple[in
         replaced = {"create_masked_load": load, "create_masked_store": store, "create_atomic_rmw": atomic}
         stack.enter_context(mock.patch.multiple(interpreter.InterpreterBuilder, **replaced))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", launch))
-        # debug: overflows of 32-bit integers are asserted not to happen
-        stack.enter_context(mock.patch.object(builder, "options", dataclasses.replace(builder.options, debug=True)))
+        # overflows of 32-bit integers are asserted not to happen
+        asserting = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
+        stack.enter_context(mock.patch.object(builder, "options", asserting))
         for module in (max_correlation, topk_kernels):
             stack.enter_context(mock.patch.object(module, "range", ends, create=True))
         stack.enter_context(suppress(_Launched))
         yield
 
 
-def launched(launch: Callable[[], object], **values: Callable[[np.ndarray], Any] | int) -> None:
+def check_launch(launch: Callable[[], object], **values: Callable[[np.ndarray], Any] | int) -> None:
     """Launch a kernel at its corners; `values` are what the named arguments hold."""
     grids: list[tuple[int, ...]] = []
     functions = {name: value if callable(value) else lambda _, value=value: value for name, value in values.items()}
@@ -204,22 +205,22 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
 def test_forward_and_norms_of_two_million_classes(sizes: Sizes) -> None:
     order = empty(sizes.probes, dtype=torch.int64)
     given = sizes.probe, sizes.table, sizes.index, order, sizes.inverted, sizes.rnorm
-    launched(lambda: max_correlation._launch_forward(*given, sizes.pooled, sizes.argmax), **sizes.values)
+    check_launch(lambda: max_correlation._launch_forward(*given, sizes.pooled, sizes.argmax), **sizes.values)
     sums, weight = empty(sizes.probes, sizes.neighbors), empty(2 * S)
-    launched(lambda: max_correlation._launch_forward(*given, weight=weight, sums=sums), **sizes.values)
-    launched(lambda: max_correlation.inverse_norms(sizes.table, sizes.inverted), **sizes.values)
+    check_launch(lambda: max_correlation._launch_forward(*given, weight=weight, sums=sums), **sizes.values)
+    check_launch(lambda: max_correlation.inverse_norms(sizes.table, sizes.inverted), **sizes.values)
 
 
 @interpreted
 def test_gradients_of_two_million_classes(sizes: Sizes) -> None:
     maps = sizes.rnorm, sizes.probe, sizes.table
-    launched(
+    check_launch(
         lambda: max_correlation.probe_gradient(sizes.pooled, sizes.argmax, *maps, sizes.index, sizes.inverted),
         **sizes.values,
     )
     for compact in (False, True):
         given = sizes.pooled, sizes.pooled, sizes.argmax, *maps, sizes.inverted, compact
-        launched(lambda given=given: max_correlation.gallery_gradient(*given), **sizes.values)
+        check_launch(lambda given=given: max_correlation.gallery_gradient(*given), **sizes.values)
 
 
 @interpreted
@@ -228,17 +229,17 @@ def test_all_pairs_of_a_large_gallery() -> None:
     probe, gallery = empty(3368, 192, 64), empty(15_913, 192, 64)
     pooled, weight = empty(3368, 15_913, 384), empty(384)
     argmax = pooled.to(torch.uint8)
-    launched(lambda: max_correlation.max_correlation(probe, gallery, None, None, None, True), p_scale=1)
+    check_launch(lambda: max_correlation.max_correlation(probe, gallery, None, None, None, True), p_scale=1)
     none = empty(0)
-    launched(lambda: max_correlation._launch_forward(probe, gallery, None, None, None, none, pooled, argmax))
+    check_launch(lambda: max_correlation._launch_forward(probe, gallery, None, None, None, none, pooled, argmax))
     over_s, sums = empty(3368, 15_913, 192), empty(3, 3368, 15_913)
-    launched(
+    check_launch(
         lambda: max_correlation._launch_forward(
             probe, gallery, None, None, None, none, over_s, weight=weight, sums=sums
         )
     )
-    launched(lambda: max_correlation.probe_gradient(pooled, argmax, none, probe, gallery, None, None), p_scale=1)
-    launched(
+    check_launch(lambda: max_correlation.probe_gradient(pooled, argmax, none, probe, gallery, None, None), p_scale=1)
+    check_launch(
         lambda: max_correlation.gallery_gradient(pooled, pooled, argmax, none, probe, gallery, None, False), p_scale=1
     )
 
@@ -262,8 +263,8 @@ def test_search_among_two_million_classes(rows: int) -> None:
         for tiling in config.cosine_topk(dim, 2)[:2]:
             best = buffer.candidates[:, :k]
             search = topk_search.TopKSearch(k, capacity, tiling, best, buffer.thresholds, None).search_tiles
-            launched(lambda search=search: search(table, table, buffer, buffer), **above, **counts)
-            launched(lambda search=search: search(queries, table, query_buffer, None), **above, **counts)
+            check_launch(lambda search=search: search(table, table, buffer, buffer), **above, **counts)
+            check_launch(lambda search=search: search(queries, table, query_buffer, None), **above, **counts)
 
 
 @interpreted
@@ -271,19 +272,19 @@ def test_selection_from_two_million_buffers() -> None:
     buffer = topk_kernels.CandidateBuffer(N, 4000, META)
     buffer.longest = 4000
     counts = buffer.counts.clone()
-    launched(lambda: buffer.compact(256), p_counts=4000)
-    launched(lambda: buffer.rollback(256, counts), p_counts=4000)
-    launched(lambda: topk_kernels.sorted_topk(empty(N, 256, dtype=torch.int64)))
+    check_launch(lambda: buffer.compact(256), p_counts=4000)
+    check_launch(lambda: buffer.rollback(256, counts), p_counts=4000)
+    check_launch(lambda: topk_kernels.sorted_topk(empty(N, 256, dtype=torch.int64)))
 
 
 @interpreted
 def test_an_offset_beyond_32_bits_is_caught() -> None:
     """The checks above see what they are there to see: an overflow, and an address outside."""
-    launched(lambda: _strided[(1,)](empty(2**32, dtype=torch.int32), 2**29, 4))
+    check_launch(lambda: _strided[(1,)](empty(2**32, dtype=torch.int32), 2**29, 4))
     with pytest.raises(AssertionError, match="overflow"):
-        launched(lambda: _strided[(1,)](empty(2**33, dtype=torch.int32), 2**30, 4))
+        check_launch(lambda: _strided[(1,)](empty(2**33, dtype=torch.int32), 2**30, 4))
     with pytest.raises(AssertionError, match="position 6 of 6"):
-        launched(lambda: _strided[(1,)](empty(6, dtype=torch.int32), 2, 4))
+        check_launch(lambda: _strided[(1,)](empty(6, dtype=torch.int32), 2, 4))
 
 
 # --- sizes that are refused

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal only, elsewhere a line now and then."""
+"""Progress: a progress bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 
 def run(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> str:
-    """A computation of a hundred seconds that tells of its progress a thousand times."""
+    """A computation of a hundred seconds that reports its progress a thousand times."""
     monkeypatch.setattr(sys, "stderr", stream)
     seconds = iter(range(0, 100 * CALLS, 100))
     monkeypatch.setattr(progress, "perf_counter", lambda: next(seconds) / 1000)
@@ -35,7 +35,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[-1] == "name: 100%, 999 of 999 items, 100 s\n"
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tqdm")
     shown = run(monkeypatch, Terminal())
     assert "\rname: 100%" in shown

@@ -6,7 +6,7 @@ The interpreter runs them one after the other; here they run in other orders, an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import pytest
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from eager import DEVICE
+from inputs import DEVICE
 from tolerances import assert_values
 from torch.nn import functional as F
 
@@ -41,7 +41,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled h
 
 
 @pytest.fixture(autouse=True)
-def small_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels rather than the CPU path, and many small programs rather than few large ones."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
     monkeypatch.setattr(config, "neighbors_per_program", lambda *_: 2)
@@ -52,8 +52,6 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(config, "select", lambda length: config.Config({"BM": 32, "BL": length}, 4, 1))
         monkeypatch.setattr(config, "sort", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
         monkeypatch.setattr(config, "LARGEST_TILE", 16)
-    with schedules.patched_once() if INTERPRETED else nullcontext():
-        yield
 
 
 def class_path(height: int, width: int) -> list[Tensor]:
@@ -130,15 +128,15 @@ def test_any_order_of_programs_gives_the_same_bits(case: str, more: bool) -> Non
 @interpreted
 @pytest.mark.parametrize("case", CASES)
 def test_no_program_stores_what_another_one_accesses(case: str) -> None:
-    """But for counts that meet in atomics."""
+    """Except counts, which are added to atomically."""
     with schedules.conflicts() as found:
         results(case, nullcontext())
     assert found == []
 
 
 @interpreted
-def test_a_list_that_overflows_is_searched_again_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the cases above has buffers that overflow: their rounds are rolled back, in interleaved runs as well."""
+def test_a_round_whose_buffers_overflow_is_rolled_back_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So one of the cases above is such a round, in interleaved runs as well."""
     rolled_back = []
     rollback = topk_kernels.CandidateBuffer.rollback
     monkeypatch.setattr(
@@ -148,7 +146,7 @@ def test_a_list_that_overflows_is_searched_again_in_any_order(monkeypatch: pytes
     assert rolled_back
 
 
-# --- the machinery sees what it is there to see
+# --- schedules.py finds races where there are some
 
 
 @triton.jit
@@ -163,7 +161,7 @@ def _lost_updates(p_out, count):
 
 @triton.jit
 def _counted_twice(p_out, p_places, count):
-    """Takes a place by an atomic, and reads the counter again instead of what the atomic returned."""
+    """Takes a place by an atomic, but reads the counter again instead of what the atomic returned."""
     tl.atomic_add(p_out, 1)
     tl.store(p_places + tl.program_id(0), tl.load(p_out))
 
@@ -190,7 +188,7 @@ def test_a_kernel_that_depends_on_the_order_is_caught() -> None:
 
 
 @interpreted
-def test_programs_that_meet_in_memory_are_caught() -> None:
+def test_programs_that_access_the_same_memory_are_caught() -> None:
     assert racy(_lost_updates, nullcontext())[0] == racy(_lost_updates, schedules.ordered(schedules.backwards))[0] == 6
     assert racy(_lost_updates, schedules.interleaved(0))[0] < 6
     assert racy(_counted_twice, nullcontext())[1:7] == [1, 2, 3, 4, 5, 6]
@@ -225,7 +223,7 @@ def test_an_error_in_a_program_ends_the_launch() -> None:
     [([-1, 1, 2, 5, 0], [0]), ([1, -1, 2, 5, 0], [1]), ([1, 2, -1, 5, -1], [2, 4]), ([-1, -1, 3, -1, 0], [0, 1, 3])],
 )
 @pytest.mark.parametrize("size", [(2, 3), (17, 1)])
-def test_a_missing_neighbor_is_nan_and_no_other(
+def test_an_absent_neighbor_alone_is_nan(
     size: tuple[int, int], ids: list[int], absent: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several neighbours that one program streams: as compiled code, each was taken for what the first was."""
@@ -246,7 +244,7 @@ def test_a_missing_neighbor_is_nan_and_no_other(
 @pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_a_training_step_reads_nothing_back(backend: str) -> None:
-    """But for the class graph, which reads the length of its longest list once a round."""
+    """Except the class graph, which reads the length of its longest buffer once a round."""
     matcher = QAConv(8, 3, 2, num_classes=40, k_nearest=5, include_self=True).cuda()
     features = torch.randn(6, 8, 3, 2, device="cuda", requires_grad=True)
     labels = torch.arange(6, device="cuda")

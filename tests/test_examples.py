@@ -1,12 +1,19 @@
-"""The code of the README and of the pages beside it runs as printed."""
+"""The code of the README, of the pages beside it, and of docstrings runs as printed."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+import qaconv_triton
+from qaconv_triton import functional
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -38,3 +45,23 @@ def test_code_for_those_who_come_from_qaconv() -> None:
     assert names["scores"].shape == (8, 8)
     assert names["vector"].numel() > names["N"] * names["C"] * names["H"] * names["W"]
     assert names["threshold"].isfinite()
+
+
+MODULES = ["qaconv_triton"] + [
+    f"qaconv_triton.{module.name}" for module in pkgutil.iter_modules(qaconv_triton.__path__) if not module.ispkg
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    names = {item: getattr(qaconv_triton, item) for item in qaconv_triton.__all__}  # what a reader imports
+    result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, **names})
+    assert result.failed == 0
+
+
+def test_public_classes_and_functions_have_examples() -> None:
+    finder = doctest.DocTestFinder(recurse=False)
+    public: list[Any] = [getattr(qaconv_triton, name) for name in qaconv_triton.__all__ if name != "functional"]
+    public += [functional.class_neighbors, functional.topk_cosine, functional.max_correlation]
+    for item in public:
+        assert sum(len(test.examples) for test in finder.find(item)) > 0, item

@@ -1,0 +1,52 @@
+"""What an import loads, and a library without Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+
+def test_an_import_loads_no_compiler() -> None:
+    """Every worker of a data loader pays for what an import pulls in: torch's compiler takes seconds."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import qaconv_triton; "
+        "print(*(name for name in ('torch._dynamo', 'torch._inductor', 'sympy', 'triton', 'numpy')"
+        " if name in set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_the_library_works_without_triton() -> None:
+    script = """
+        import importlib.abc, os, sys
+
+        class NoTriton(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "triton":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        sys.meta_path.insert(0, NoTriton())
+        os.environ.pop("QACONV_TRITON_BACKEND", None)
+        import torch
+        from qaconv_triton import GraphSampler, QAConv, SoftmaxTripletLoss, functional
+
+        matcher = QAConv(5, 2, 3, num_classes=8, k_nearest=3)
+        feature, target = torch.randn(4, 5, 2, 3, requires_grad=True), torch.tensor([0, 0, 3, 3])
+        SoftmaxTripletLoss(matcher)(feature, target)[2].mean().backward()
+        assert feature.grad.abs().max() > 0 and matcher.class_embed.grad.abs().max() > 0
+        assert matcher.match(feature.detach(), feature.detach()).shape == (4, 4)
+        assert functional.topk_cosine(torch.eye(3), torch.eye(3), 2)[1][:, 0].tolist() == [0, 1, 2]
+        assert not any(name.partition(".")[0] == "triton" for name in sys.modules)
+        os.environ["QACONV_TRITON_BACKEND"] = "triton"
+        try:
+            matcher(feature, "same")
+        except ModuleNotFoundError as error:
+            print("no", error.name)
+    """
+    command = [sys.executable, "-W", "error::UserWarning:qaconv_triton", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "no triton"

@@ -1,0 +1,71 @@
+"""The examples of training scripts, run as a user runs them: alone, interrupted and continued, on two processes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(*arguments: str | Path) -> str:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def losses(printed: str) -> list[str]:
+    return re.findall(r"epoch \d+ loss [\d.]+", printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[], TORCHRUN], ids=["one process", "two processes"])
+def test_the_plain_loop_goes_on_where_it_was_interrupted(ranks: list[str], tmp_path: Path) -> None:
+    """Inside the first epoch, and at its end."""
+    loop = [*ranks, "examples/train_loop.py", "--checkpoint"]
+    whole = losses(run(*loop, tmp_path / "whole.pt"))
+    batches = 12 if ranks else 24  # of a process in an epoch
+    assert len(whole) == 2 * batches
+    assert float(whole[-1].split()[-1]) < float(whole[0].split()[-1])
+    parts = run(*loop, tmp_path / "parts.pt", "--stop-after", "7")
+    parts += run(*loop, tmp_path / "parts.pt", "--stop-after", str(batches - 7))
+    parts += run(*loop, tmp_path / "parts.pt")
+    assert losses(parts) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [[], TORCHRUN], ids=["one process", "two processes"])
+def test_accelerate(ranks: list[str]) -> None:
+    pytest.importorskip("accelerate")
+    found = losses(run(*ranks, "examples/train_accelerate.py", "--cpu", "--mixed-precision", "bf16"))
+    assert len(found) == 2
+    assert float(found[1].split()[-1]) < float(found[0].split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about settings that a small run needs
+def test_lightning_finds_unseen_identities_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightning")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    script, pictures = importlib.import_module("train_lightning"), importlib.import_module("test_images")
+    arguments = [*pictures.save_list(tmp_path / "data"), "--size", "16", "--stride", "4", "--features", "8"]
+    arguments += ["--batch-size", "8", "--instances", "2", "--k_nearest", "3", "--accelerator", "cpu"]
+    arguments += ["--output", str(tmp_path / "out"), "--epochs"]
+    steps = script.main([*arguments, "6"]).global_step
+    printed = capsys.readouterr().out
+    assert float(re.findall(r"'rank-1': ([\d.]+)", printed)[-1]) >= 0.75  # chance is an eighth
+    assert "'graph/changed'" in printed
+    again = script.main([*arguments, "6"])  # there is a checkpoint of the end: nothing is left to do
+    assert again.ckpt_path == tmp_path / "out" / "last.ckpt"
+    assert again.global_step == steps > 0
