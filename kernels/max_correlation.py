@@ -91,11 +91,11 @@ def _forward_kernel(
     if HAS_PERMUTATION:
         i_p = tl.load(p_permutation + i_p)
     i_first = (i_program // P) * KP
-    tiles = tl.cdiv(S, BR)  # of a neighbour
+    tiles = tl.cdiv(S, BR) if SPLIT else 1  # of a neighbour; of one, nothing is divided below
     count = tl.minimum(KP, K - i_first) * tiles
     width = S if SUM else 2 * S
 
-    for i_s in range(0, S, BS):
+    for i_s in range(0, S if SPLIT else BS, BS):
         o_s = i_s + tl.arange(0, BS)
         m_s = o_s < S
         p_map = p_probe + i_p * S * C + o_s[None, :] * C
@@ -366,6 +366,7 @@ def _probe_gradient_kernel(
     NORMALIZE_FIRST: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -396,7 +397,7 @@ def _probe_gradient_kernel(
         o_pair = i_pair * 2 * S
         b_arg_s = tl.load(p_argmax + o_pair + o_s, mask=m_pair_s, other=0).to(tl.int32)
         b_grad_s = tl.load(p_grad + o_pair + o_s, mask=m_pair_s, other=0.0) * scale
-        for i_r in range(0, S, BR):
+        for i_r in range(0, S if SPLIT else BR, BR):  # of one turn no loop remains: pairs are pipelined
             o_r = i_r + tl.arange(0, BR)
             m_r = (o_r < S) & is_pair
             b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
@@ -420,7 +421,8 @@ def _probe_gradient_kernel(
             b_out = dot(b_weight.to(b_neighbor.dtype), b_neighbor, b_out, PRECISION)
 
     o_out = i_p * S * C + o_s[:, None] * C + o_c[None, :]
-    tl.store(p_out + o_out, (b_out / scale).to(p_out.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
+    b_out *= tl.div_rn(1.0, scale)  # exact: a power of two
+    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_s[:, None] & m_c[None, :])
 
 
 def probe_gradient(
@@ -441,7 +443,7 @@ def probe_gradient(
             grad, argmax, rnorm, gallery, index, None if inverted is None else inverted.slots, is_out_of_range, scale,
             out, grad.shape[1], locations, channels, *gallery.stride(),
             HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, NORMALIZE_FIRST=is_out_of_range is not None,
-            **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
+            SPLIT=locations > tiles["BR"], **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     tiling = _backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch)
@@ -475,6 +477,7 @@ def _gallery_gradient_kernel(
     NORMALIZE: tl.constexpr,
     COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -494,7 +497,9 @@ def _gallery_gradient_kernel(
         i_end = tl.load(p_indptr + i_slot + 1)
 
     b_out = tl.zeros([BR, BC], tl.float32)
-    b_radial = tl.zeros([BR], tl.float32)  # <unit neighbour, its gradient>: the part that normalising removes
+    # <unit neighbour, its gradient>, the part that normalising removes: by maxima over s, and by those over r
+    b_radial = tl.zeros([BR], tl.float32)
+    b_radial_s = tl.zeros([BR, BS], tl.float32)
     for i in range(i_begin, i_end):
         i_pair = i * K + i_slot
         if HAS_INDEX:
@@ -505,7 +510,7 @@ def _gallery_gradient_kernel(
         b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
         if NORMALIZE:
             b_radial += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
-        for i_s in range(0, S, BS):
+        for i_s in range(0, S if SPLIT else BS, BS):
             o_s = i_s + tl.arange(0, BS)
             m_s = o_s < S
             b_arg_s = tl.load(p_argmax + o_pair + o_s, mask=m_s, other=0).to(tl.int32)
@@ -513,9 +518,7 @@ def _gallery_gradient_kernel(
             b_weight = match_weights(b_arg_r, b_grad_r, b_arg_s, b_grad_s, o_r, o_s)
             if NORMALIZE:
                 b_grad_times_pooled = b_grad_s * tl.load(p_pooled + o_pair + o_s, mask=m_s, other=0.0)
-                b_radial += tl.sum(
-                    tl.where(b_arg_s[None, :] == o_r[:, None], b_grad_times_pooled[None, :], 0.0), axis=1
-                )
+                b_radial_s += tl.where(b_arg_s[None, :] == o_r[:, None], b_grad_times_pooled[None, :], 0.0)
             b_probe = tl.load(
                 p_probe + i_p * S * C + o_s[:, None] * C + o_c[None, :], mask=m_s[:, None] & m_c[None, :], other=0.0
             )
@@ -527,8 +530,9 @@ def _gallery_gradient_kernel(
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
         b_map = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0)
+        b_radial += tl.sum(b_radial_s, axis=1)
         b_out -= normalized(b_map, b_rnorm) * b_radial[:, None]
-    b_out /= scale  # before norms that may leave little room
+    b_out *= tl.div_rn(1.0, scale)  # exact; before norms that may leave little room
     if NORMALIZE:
         b_scale, b_inverse = scale_and_inverse(b_rnorm)
         b_out = b_out * b_inverse[:, None] * b_scale[:, None]
@@ -563,7 +567,8 @@ def gallery_gradient(
             grad, pooled, argmax, rnorm, probe, gallery, classes, indptr, pairs, scale, out,
             probes, grad.shape[1], locations, channels, *gallery.stride(),
             HAS_INDEX=inverted is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
-            PRECISION=config.precision(), **tiles, num_warps=num_warps, num_stages=num_stages,
+            PRECISION=config.precision(), SPLIT=locations > tiles["BS"],
+            **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     launch(_backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, inverted is not None, launch))

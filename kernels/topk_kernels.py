@@ -32,9 +32,12 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
 @triton.jit
 def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, m_candidate, capacity):
     """Append to the buffers of `o_row`, which broadcasts to the shape of `b_key`, what exceeds their thresholds."""
-    b_candidate = (b_key.to(tl.int64) << 32) | ((b_id.to(tl.int64) + 1) ^ LAST_ID)
+    b_low = (-2 - b_id).to(tl.uint32)  # 2^32 - 2 - id; unsigned, so that the upper half is the key alone
+    b_candidate = (b_key.to(tl.int64) << 32) | b_low.to(tl.int64)
     above = (b_candidate > b_thresholds) & m_candidate
-    b_position = tl.atomic_add(p_counts + o_row + tl.zeros_like(b_key), 1, mask=above, sem="relaxed")
+    # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
+    p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
+    b_position = tl.atomic_add(p_count, 1, mask=above, sem="relaxed")
     tl.store(p_buffers + o_row.to(tl.int64) * capacity + b_position, b_candidate, mask=above & (b_position < capacity))
 
 

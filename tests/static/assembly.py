@@ -42,7 +42,7 @@ def _nvidia(cubin: bytes) -> Code:
         file.write(cubin)
         file.flush()
         usage = _output("cuobjdump", "-res-usage", file.name)
-        sass = _output("nvdisasm", "-c", "-ndf", file.name)  # without data flow: sooner
+    sass = disassembled(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     names = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
@@ -59,6 +59,14 @@ def _nvidia(cubin: bytes) -> Code:
         widest_load=max((_bits(name) for name in names if name.startswith("LDG.")), default=0),
         zero_additions=len(re.findall(r"\bF(?:FMA|ADD)2?(?:\.\S+)? .*\bRZ\b", sass)),
     )
+
+
+def disassembled(cubin: bytes) -> str:
+    """The SASS of a compiled kernel, with labels."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output("nvdisasm", "-c", "-ndf", file.name)  # without data flow: sooner
 
 
 def _output(tool: str, *arguments: str) -> str:

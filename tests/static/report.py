@@ -3,6 +3,7 @@
 python -m bench static                           every kernel's default configuration, for every architecture
 python -m bench static --arch 90 --all-configs   with those that autotuning may choose from, of the main shapes
 python -m bench static --save                    all of this, to the committed tables
+python -m bench static --cycles                  an estimate of the cycles of a tile, sm_80, sm_90, sm_100
 python -m bench static --times                   what the first call of a kernel waits for its compilation
 """
 
@@ -32,7 +33,7 @@ import triton
 from bench import measure, results
 from qaconv_triton.kernels import config
 
-from . import assembly, barriers, launches, loop_carries
+from . import assembly, barriers, estimate, launches, loop_carries
 from .launches import TARGETS, Case
 
 TABLES = Path(__file__).parent / "tables" / f"triton-{triton.__version__}"  # each compiler has its own code
@@ -205,6 +206,19 @@ def loops(arch: str) -> list[dict[str, Any]]:
     return [asdict(loop) for of_kernel in found.values() for loop in of_kernel]
 
 
+def cycles(arches: Iterable[str]) -> list[dict[str, str]]:
+    """An estimate of every main kernel's tile, a line each."""
+    lines = []
+    for case, arch in product(filter(lambda each: each.is_main, _cases()), arches):
+        with mock.patch.object(config, "generation", return_value=launches.generation_of(arch)):
+            recorder, _ = launches.record(case)
+        if recorder.kernel.__name__ in estimate.KERNELS:
+            found = estimate.estimate(recorder, launches.compile_for(recorder, arch).asm["cubin"], arch)
+            numbers = {name: str(number) for name, number in asdict(found).items()}
+            lines.append({"case": case.name, "arch": arch, "configuration": recorder.configuration} | numbers)
+    return lines
+
+
 def first_call_times() -> list[results.Row]:
     """What compiling the kernels of the main shapes takes with an empty cache; one process, one core."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,11 +257,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sizes", action="store_true", help="instead: JSON of the launches that share compiled code")
     parser.add_argument("--loops", action="store_true", help="instead: JSON of what the kernels' loops carry")
+    parser.add_argument("--cycles", action="store_true", help="instead: an estimate of a tile's cycles, main shapes")
     parser.add_argument("--times", action="store_true", help="instead: measure compilation, for this GPU or sm_90")
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="directory of the CSV file of --times")
     options = parser.parse_args(arguments)
     if options.sizes or options.loops:
         json.dump(compiled_sizes() if options.sizes else loops(options.arch[0]), sys.stdout)
+    elif options.cycles:
+        lines = cycles(arch for arch in options.arch if arch in estimate.PRODUCTS_A_CYCLE)
+        print(results.grid({name: [each[name] for each in lines] for name in lines[0]}))
     elif options.times:
         rows = first_call_times()
         print(results.grid({"case": [row.case for row in rows]} | results.columns(rows)))

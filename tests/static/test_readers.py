@@ -1,4 +1,4 @@
-"""What a loop has to carry, read from a kernel's source, and what Triton lets it carry, read from TTIR."""
+"""Readers of kernels: what their loops carry, which memory needs a barrier, which loops are around products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from . import barriers, loop_carries
+from . import barriers, estimate, loop_carries
 
 ALIAS = """
 def kernel(p_index, p_out, count, FLAG: tl.constexpr):
@@ -134,3 +134,23 @@ def test_a_loaded_value_makes_no_pointer() -> None:
         "st.global.b32 [ %rd6 + 0 ], { %r2 };",
     ]
     assert barriers.hand_overs(ptx(*body)).shared == set()
+
+
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+.L_x_2:
+        /*0040*/                   FADD R4, R4, R4 ;
+        /*0050*/              @P1  BRA `(.L_x_2) ;
+        /*0060*/             @!P2  BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_loops_around_products_are_counted_outermost_first() -> None:
+    """Instructions and barriers: of the kernel, of the loop of tiles, of that of products; one without is left out."""
+    assert estimate.loop_counts(SASS) == [(8, 1), (6, 1), (2, 0)]

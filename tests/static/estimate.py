@@ -1,0 +1,91 @@
+"""An estimate of a kernel's cycles per tile, from its machine code: a change shows before it is timed.
+
+A tile is one accumulator's worth: `[BR, BS]` of a pair of maps in the forward, a turn of `[BS, BR]` weights in the
+gradients, `[BM, BN]` similarities in the search. A multiprocessor takes at least as long as its tensor cores need for
+the product, and as its four schedulers need to issue the instructions, one a cycle each. Both arms of a branch count,
+stalls do not: it is no measurement.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .assembly import TENSOR_CORE, disassembled
+from .launches import Recorder
+
+KERNELS = ("_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel")
+SCHEDULERS = 4  # of a multiprocessor
+# Products of half precision that a multiprocessor's tensor cores add in a cycle, dense: whitepapers of A100, H100, B200
+PRODUCTS_A_CYCLE = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one tile."""
+
+    tensor_cycles: int
+    issue_cycles: int
+    instructions: int  # of a warp
+    barriers: int
+    bytes: int  # of maps or embeddings that are read; what stays on the chip is not
+
+
+def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
+    """Estimate a recorded launch that was compiled for `arch`, one of `PRODUCTS_A_CYCLE`."""
+    sizes: dict[str, Any] = {**(recorder.arguments or {}), **recorder.constants}
+    name, warps = recorder.kernel.__name__, recorder.options["num_warps"]
+    if name == "_append_kernel":
+        tile, length, step = (sizes["BM"], sizes["BN"]), sizes["D"], sizes["BD"]
+        operand, read = sizes["p_rows"], (sizes["BM"] + sizes["BN"]) * length
+    elif name == "_forward_kernel":
+        tile, length, step = (sizes["BR"], sizes["BS"]), sizes["C"], sizes["BC"]
+        operand, read = sizes["p_gallery"], (sizes["BR"] + (0 if sizes["RESIDENT"] else sizes["BS"])) * length
+    else:
+        operand = sizes.get("p_probe", sizes["p_gallery"])
+        of_gallery = name == "_gallery_gradient_kernel"
+        tile = (sizes["BR" if of_gallery else "BS"], sizes["BC"])
+        length = step = sizes["BS" if of_gallery else "BR"]
+        read = length * sizes["BC"]
+    turns = -(-length // step)
+    products = tile[0] * tile[1] * length
+    if operand.element_size() == 4:  # tf32 at half the rate, three products where one loses digits
+        products *= 6 if sizes["PRECISION"] == "tf32x3" else 2
+    whole, *loops = loop_counts(disassembled(cubin))
+    if name == "_append_kernel":
+        counts = _add(whole, loops[-1], turns - 1)
+    elif turns > 1 and len(loops) > 1:
+        counts = _add(loops[-2], loops[-1], turns - 1)
+    else:  # maps of several tiles: what is outside the loop over them is shared out
+        counts = loops[-1]
+        if sizes.get("SPLIT") and name != "_forward_kernel":
+            outside = _add(loops[-2], loops[-1], -1)
+            counts = _add(counts, outside, 1 / -(-sizes["S"] // length))
+    return Estimate(
+        tensor_cycles=round(products / PRODUCTS_A_CYCLE[arch]),
+        issue_cycles=round(counts[0] * warps / SCHEDULERS),
+        instructions=round(counts[0]),
+        barriers=round(counts[1]),
+        bytes=read * operand.element_size(),
+    )
+
+
+def _add(first: tuple[float, float], second: tuple[float, float], times: float) -> tuple[float, float]:
+    return first[0] + times * second[0], first[1] + times * second[1]
+
+
+def loop_counts(sass: str) -> list[tuple[float, float]]:
+    """Instructions and barriers of a kernel, then of each loop around its products, outermost first."""
+    names, labels, jumps = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)(.*)", line):
+            if target := re.search(r"\((\.L_x_\d+)\)", found[2]):
+                jumps.append((len(names), target[1]))
+            names.append(found[1])
+    loops = {(labels[target], end + 1) for end, target in jumps if labels.get(target, end + 1) <= end}
+    around = [(first, end) for first, end in loops if any(name in TENSOR_CORE for name in names[first:end])]
+    spans = [(0, len(names)), *sorted(around, key=lambda span: span[0] - span[1])]
+    return [(end - first, names[first:end].count("BAR")) for first, end in spans]
