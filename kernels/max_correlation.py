@@ -10,6 +10,7 @@ Norms of raw gallery maps are a pass of their own (norms.py). `pair_sums` is the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -322,7 +323,8 @@ def _launch_forward(
     }
     variant = _variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels
-    launch(tuning.select_config(config.correlation_forward, shape, variant, operations, launch))
+    tiling = tuning.select_config(config.correlation_forward, shape, variant, operations, launch)
+    tuning.launch_announced("forward", partial(launch, tiling))
     if _may_be_out_of_range(gallery, rnorm):
         tilings = config.correlation_forward(*shape)
         launch(next(each for each in tilings if not each.tiles["RESIDENT"]), (rnorm < 0).any())
@@ -447,7 +449,7 @@ def probe_gradient(
         )  # fmt: skip
 
     tiling = _backward_tiling("probe", probe, gallery, grad, rnorm.numel() > 0, index is not None, launch)
-    launch(tiling)
+    tuning.launch_announced("probe gradient", partial(launch, tiling))
     if _may_be_out_of_range(gallery, rnorm):
         launch(tiling, (rnorm < 0).any())
     return out
@@ -571,7 +573,8 @@ def gallery_gradient(
             **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    launch(_backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, inverted is not None, launch))
+    tiling = _backward_tiling("gallery", probe, gallery, grad, rnorm.numel() > 0, inverted is not None, launch)
+    tuning.launch_announced("gallery gradient", partial(launch, tiling))
     return out
 
 

@@ -9,6 +9,7 @@ with the raised thresholds.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..common.candidates import EMPTY
 from ..common.chunks import Chunk, ChunkedTable
 from ..progress import Progress
-from . import config
+from . import config, tuning
 from .topk_kernels import CandidateBuffer, _append_kernel
 
 TARGET_FILL = 0.7  # of the remaining capacity: what a round is planned to fill
@@ -119,7 +120,8 @@ class TopKSearch:
             certain = max(1, (self.capacity - before) // candidates_per_step)
             steps = min(max(planned, certain), last - step, max(1, config.MAX_GRID // tiles_per_step))
             saved_counts = [buffer.counts.clone() for buffer in buffers]
-            kernel = self._launch(rows, columns, row_buffer, column_buffer, step, steps)
+            launch = partial(self._launch, rows, columns, row_buffer, column_buffer, step, steps)
+            kernel = tuning.launch_announced("append", launch)
             after = max(buffer.read_longest() for buffer in buffers)
             if after > self.capacity:
                 self._roll_back(buffers, saved_counts)

@@ -40,11 +40,13 @@ LONG_LAUNCH_MS = 100.0  # milliseconds of a launch that is not repeated for its 
 MAX_FILE_BYTES = 2**16  # of a choice on disk, which takes about 2 KiB
 PREFIX, SUFFIX = ".choice-", ".tmp"  # of a file that is being written
 STALE_SECONDS = 86_400  # age from which its writer was killed
+COMPILE_SECONDS = 1.0  # of a launch on the host that must have compiled its kernel
 
 ListConfigs = Callable[..., list[Config]]  # a function of config.py
 logger = logging.getLogger(__name__)
 selected: dict[tuple[object, ...], Config] = {}  # in this process
 benchmark_lock = threading.Lock()  # benchmarks disturb each other's times
+launched: set[str] = set()  # names of kernels, in this process
 
 
 def is_on() -> bool:
@@ -87,6 +89,21 @@ def select_config(
             if key not in selected:
                 selected[key] = _cached_or_fastest(list_configs, shape, variant, run)
     return selected[key]
+
+
+def launch_announced(name: str, launch: Callable[[], Any]) -> Any:
+    """Launch a kernel; where the first launch of this process had to compile it, a warning says how long that took."""
+    if name in launched:
+        return launch()
+    launched.add(name)
+    started = perf_counter()
+    kernel = launch()
+    seconds = perf_counter() - started
+    if seconds >= COMPILE_SECONDS and not INTERPRETED:
+        logger.warning(
+            "compiled the %s kernel in %.1f s; python -m qaconv_triton.warmup does it before training", name, seconds
+        )
+    return kernel
 
 
 @cache

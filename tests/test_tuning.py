@@ -156,6 +156,20 @@ def test_without_memory_to_tune_the_default_runs(
     assert list(tunable.iterdir()) == []
 
 
+@pytest.mark.parametrize("seconds", [0.4, 30.0])
+def test_the_first_launch_says_how_long_it_compiled(
+    seconds: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter((0.0, seconds))
+    monkeypatch.setattr(tuning, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(tuning, "INTERPRETED", False)
+    monkeypatch.setattr(tuning, "launched", set())
+    for kernel in range(3):
+        assert tuning.launch_announced("forward", lambda kernel=kernel: kernel) == kernel
+    expected = ["compiled the forward kernel in 30.0 s; python -m qaconv_triton.warmup does it before training"]
+    assert caplog.messages == (expected if seconds > 1 else [])
+
+
 # --- several GPUs
 
 
