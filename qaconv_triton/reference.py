@@ -1,4 +1,4 @@
-"""The plain truth of every operation, in einops and torch, in any dtype; the tests' oracle.
+"""Every operation in plain einops and torch, in any dtype: what the tests compare with.
 
 Nothing here is fast or frugal: `max_correlation` materialises every `[S, S]` correlation, `cosine_topk` the whole
 `[P, N]` similarity. Letters: P probes (B in a batch), G gallery items, K neighbours, C channels, S = H*W locations

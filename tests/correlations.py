@@ -123,13 +123,13 @@ def check(
     assert pooled.shape == argmax.shape
     assert not argmax.requires_grad
     assert not rnorm.requires_grad
-    truth = expected.detach()
+    target_values = expected.detach()
     if absent.any():  # their upstream gradient, NaN and Inf included, goes nowhere
-        truth[absent], decided[absent] = torch.nan, False
+        target_values[absent], decided[absent] = torch.nan, False
         upstream[absent] = torch.tensor([1.0, torch.nan, torch.inf], device=probe.device).repeat(2 * locations)[
             : 2 * locations
         ]
-    assert_values(pooled, truth, rounded)
+    assert_values(pooled, target_values, rounded)
     assert torch.equal(argmax[decided].long(), best[decided])
 
     wanted = [tensor for tensor, need in zip((probe, gallery), needs, strict=True) if need]
