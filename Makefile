@@ -29,7 +29,7 @@ OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench perf_gate perfor
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable test-oldest lint format benchmark clean
+.PHONY: help demo test test-portable test-oldest docs package lint format benchmark clean
 .PHONY: gpu-check gpu-test gpu-memcheck gpu-racecheck gpu-benchmark gpu-measure gpu-train gpu-profile
 
 help: ## list the targets and variables
@@ -55,6 +55,16 @@ test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with
 test-oldest: .venv-oldest/test.stamp ## the tests of the library with the oldest torch, Triton and others that it supports
 	OMP_NUM_THREADS=$(THREADS) $(OLDEST)/$(PYTEST) $(OLDEST_TESTS) $(ARGS)
 	$(OLDEST)/$(PYTEST) -m slow -k sm_90 tests/static
+
+docs: $(VENV)/dev.stamp ## the documentation site, in build/site; a broken link or docstring is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+package: $(VENV)/dev.stamp ## build the source archive, from it the wheel, and use that where nothing else is installed
+	rm -rf build/package
+	$(BIN)/python -m build --outdir build/package > /dev/null
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install $(PIP_ARGS) --constraint constraints.txt build/package/*.whl
+	cd build/package && venv/bin/python ../../tests/installed.py
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict, changing nothing
 	$(BIN)/ruff check $(SOURCES)

@@ -48,7 +48,7 @@ def convert_checkpoint(state_dict: Mapping[str, Any], release: str, prefix: str 
         ValueError: another release, no `fc.weight` under the prefix, a shape that the release does not have, or a
             state dict of `QAConv` itself.
 
-    Example:
+    Examples:
         >>> published = {"fc.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]]), "fc.bias": torch.ones(1)}
         >>> convert_checkpoint(published, release="1.2")["fc.weight"]
         tensor([[3., 4., 1., 2.]])
@@ -103,7 +103,7 @@ def convert_shared_fc(state_dict: MutableMapping[str, Any], prefix: str, locatio
         prefix: the matcher's prefix in it, "" or ending in a dot.
         locations: S = H*W.
 
-    Example:
+    Examples:
         >>> state = {"fc.weight": torch.ones(1, 4), "fc.bias": torch.ones(1)}
         >>> convert_shared_fc(state, "", locations=4)
         >>> state["fc.weight"].shape, state["fc.bias"]

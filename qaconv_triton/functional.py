@@ -66,7 +66,7 @@ def topk_cosine(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         TypeError: integer or complex inputs, dtypes that differ, k not an int.
         ValueError: shapes that do not fit, tensors on different devices, k out of range.
 
-    Example:
+    Examples:
         >>> similarities, indices = topk_cosine(torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 1, 0]]), k=1)
         >>> indices.flatten().tolist()
         [0, 1, 0]
@@ -158,7 +158,7 @@ def class_neighbors(
             classes), float64 asked of narrower embeddings or the reverse.
         IndexError: an id in `previous` outside `[0, N)`.
 
-    Example:
+    Examples:
         >>> class_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), k=1).flatten().tolist()
         [1, 0, 1]
     """
@@ -299,7 +299,7 @@ def max_correlation(
         ValueError: shapes or devices that do not fit.
         IndexError: an index outside `[0, G)`; on CUDA such a pair is NaN unless `QACONV_TRITON_CHECKS=1`.
 
-    Example:
+    Examples:
         >>> maps = torch.randn(2, 8, 3, 3)
         >>> max_correlation(maps, maps).shape
         torch.Size([2, 2, 18])

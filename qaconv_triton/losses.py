@@ -45,7 +45,7 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         hardest positives `[B]`, +inf for a sample without any; hardest negatives `[B]`, -inf without any. No
         gradient comes from an infinite one.
 
-    Example:
+    Examples:
         >>> score = torch.tensor([[9.0, 2.0, 5.0], [2.0, 9.0, 1.0], [5.0, 1.0, 9.0]])
         >>> hardest_pairs(score, torch.tensor([0, 0, 1]))
         (tensor([2., 2., inf]), tensor([5., 1., 5.]))
@@ -67,7 +67,7 @@ def has_positive_and_negative(target: Tensor) -> Tensor:
     Returns:
         bool `[B]`.
 
-    Example:
+    Examples:
         >>> has_positive_and_negative(torch.tensor([0, 0, 1]))
         tensor([ True,  True, False])
     """
@@ -87,7 +87,7 @@ def batch_hard_hinge(score: Tensor, target: Tensor, margin: float) -> tuple[Tens
         loss `[B]`, exactly 0 for a sample without a positive or without a negative, even if its scores are NaN;
         accuracy `[B]`, 0 or 1, without gradient, 1 for such a sample.
 
-    Example:
+    Examples:
         >>> score = torch.tensor([[9.0, 2.0, 5.0], [2.0, 9.0, 1.0], [5.0, 1.0, 9.0]])
         >>> batch_hard_hinge(score, torch.tensor([0, 0, 1]), margin=2.0)
         (tensor([5., 1., 0.]), tensor([0., 1., 1.]))
@@ -148,7 +148,7 @@ class MatcherLoss(nn.Module):
     Raises:
         TypeError: a matcher that is no module, or cannot be called with two feature maps.
 
-    Example:
+    Examples:
         >>> MatcherLoss(QAConv(num_features=8, height=4, width=4)).reset_running_stats()
     """
 
@@ -216,7 +216,7 @@ class PairwiseMatchingLoss(MatcherLoss):
     Args:
         matcher: the module that scores the pairs, `QAConv` or another with `forward(prob_fea, gal_fea)`.
 
-    Example:
+    Examples:
         >>> loss_function = PairwiseMatchingLoss(QAConv(num_features=8, height=4, width=4))
         >>> feature = torch.randn(6, 8, 4, 4, requires_grad=True)
         >>> loss, accuracy = loss_function(feature, torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -265,7 +265,7 @@ class TripletLoss(MatcherLoss):
         TypeError: a matcher that is none, a margin that is no number.
         ValueError: a margin that is negative, infinite or NaN.
 
-    Example:
+    Examples:
         >>> loss_function = TripletLoss(QAConv(num_features=8, height=4, width=4), margin=16)
         >>> feature = torch.randn(6, 8, 4, 4, requires_grad=True)
         >>> loss, accuracy = loss_function(feature, torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -319,7 +319,7 @@ class SoftmaxTripletLoss(MatcherLoss):
         ValueError: a margin or weight that is negative, infinite or NaN; another `background`; `"ignore"` without
             `include_self`.
 
-    Example:
+    Examples:
         >>> matcher = QAConv(8, 4, 4, num_classes=10, k_nearest=3, include_self=True)
         >>> loss_function = SoftmaxTripletLoss(matcher, background="ignore")
         >>> feature = torch.randn(6, 8, 4, 4, requires_grad=True)
@@ -415,7 +415,7 @@ class ClassMemoryLoss(MatcherLoss):
         TypeError: a matcher that is none, a count that is not an integer.
         ValueError: a count below 1.
 
-    Example:
+    Examples:
         >>> matcher = QAConv(num_features=8, height=4, width=4)
         >>> loss_function = ClassMemoryLoss(matcher, num_classes=10, num_features=8, height=4, width=4)
         >>> feature = torch.randn(6, 8, 4, 4, requires_grad=True)

@@ -54,7 +54,7 @@ class Correspondences(NamedTuple):
         a_location: int64, for each location of b the location of a that is most similar.
         similarity_b: likewise.
 
-    Example:
+    Examples:
         >>> similar = torch.ones(1, 1, 1)
         >>> found = Correspondences(torch.tensor([[[5]]]), similar, torch.tensor([[[0]]]), similar)
         >>> divmod(found.b_location.item(), 3)  # row and column, on a map of width 3
@@ -87,7 +87,7 @@ class QAConv(nn.Module):
         TypeError: a size that is not an integer, a flag that is not a bool.
         ValueError: a size below 1, or `k_nearest` above N - 1.
 
-    Example:
+    Examples:
         >>> matcher = QAConv(64, 7, 7, num_classes=100, k_nearest=10)
         >>> features, labels = torch.randn(4, 64, 7, 7), torch.tensor([3, 3, 8, 8])
         >>> matcher(features, labels=labels).shape  # against 10 classes each, zero elsewhere
@@ -364,7 +364,7 @@ class QAConv(nn.Module):
         Raises:
             TypeError, ValueError: as for `match_pairs`.
 
-        Example:
+        Examples:
             >>> matcher, maps = QAConv(8, 2, 2), torch.randn(1, 8, 2, 2)
             >>> found = matcher.correspondences(maps, maps.flip(3))  # a mirror image: left is right
             >>> found.b_location[0].tolist()

@@ -37,7 +37,7 @@ class StatisticsGuard:
     Args:
         matcher: the module whose batch norms and class graph, if any, are meant.
 
-    Example:
+    Examples:
         >>> norm = torch.nn.BatchNorm1d(1)
         >>> with StatisticsGuard(norm):
         ...     output = norm(torch.randn(4, 1))
@@ -125,7 +125,7 @@ class MemoryLog:
     checkpoint, which leaves no graph behind: its update is kept, too. At most the last `MAX_UPDATES` are.
     A copy, or what is unpickled, starts empty.
 
-    Example:
+    Examples:
         >>> log, memory, seen = MemoryLog(), torch.zeros(3, 1, 1, 1), torch.zeros(3)
         >>> feature, target = torch.ones(1, 1, 1, 1), torch.tensor([2])
         >>> log.record(feature, target, feature.sum(), target, memory[target], seen[target])

@@ -73,7 +73,7 @@ def sample_class_graph(
         ValueError: another number of labels than of samples, a class without samples, a number out of range, maps of
             other sizes than the matcher's or on another device, NaN or Inf in maps or scores.
 
-    Example:
+    Examples:
         >>> images, labels = torch.randn(12, 3, 8, 8), torch.arange(12) // 3
         >>> backbone = torch.nn.Conv2d(3, 16, kernel_size=4, stride=4)
         >>> graph = sample_class_graph(backbone, QAConv(16, 2, 2), images, labels, k=2)

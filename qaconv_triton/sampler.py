@@ -86,7 +86,7 @@ class GraphSampler(Sampler[list[int]]):
             outside `[0, N)`; a rank that is not below `num_replicas`. What a function returns is checked when an epoch
             starts; an epoch that is refused is not counted.
 
-    Example:
+    Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 3, 3]
         >>> neighbors = torch.tensor([[1, 2], [0, 3], [3, 0], [2, 1]])
         >>> sampler = GraphSampler(labels, neighbors, batch_size=4, num_instances=2, seed=0)
@@ -180,7 +180,7 @@ class GraphSampler(Sampler[list[int]]):
             TypeError: not an integer.
             ValueError: negative.
 
-        Example:
+        Examples:
             >>> sampler = GraphSampler([0, 0, 1, 1], torch.tensor([[1], [0]]), batch_size=4, num_instances=2)
             >>> first = list(sampler)
             >>> sampler.set_epoch(0)
@@ -207,7 +207,7 @@ class GraphSampler(Sampler[list[int]]):
             `epoch`, its number; `position`, how many of its batches were given, on all ranks together; and what
             `load_state_dict` compares: `seed`, `batch_size`, `num_instances`, and checksums of labels and graph.
 
-        Example:
+        Examples:
             >>> graph = torch.tensor([[1], [2], [0]])
             >>> sampler = GraphSampler([0, 0, 1, 1, 2, 2], graph, batch_size=4, num_instances=2)
             >>> batches = iter(sampler)
@@ -247,7 +247,7 @@ class GraphSampler(Sampler[list[int]]):
         Warns:
             UserWarning: when the first batch is asked for, if the graph is not the one that the epoch began with.
 
-        Example:
+        Examples:
             >>> graph = torch.tensor([[1], [0]])
             >>> sampler = GraphSampler([0, 0, 1, 1], graph, batch_size=4, num_instances=2)
             >>> sampler.load_state_dict({**sampler.state_dict(), "epoch": 7})

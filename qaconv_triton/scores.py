@@ -30,7 +30,7 @@ class ClassScores:
             is not a class (on CUDA, where labels are not read back): its values are NaN.
         num_classes: N, the number of columns.
 
-    Example:
+    Examples:
         >>> scores = ClassScores(torch.tensor([[2.0, 3.0]]), torch.tensor([[3, 1]]), num_classes=4)
         >>> scores.to_dense().tolist()
         [[0.0, 3.0, 0.0, 2.0]]

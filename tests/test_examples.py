@@ -40,6 +40,13 @@ def test_training_script() -> None:
     assert names["matcher"].bn.num_batches_tracked == 2 * 2 * 24  # two forwards for each class's batch, two epochs
 
 
+def test_tutorial(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(DOCS / "tutorial.md")
+    assert names["metrics"].mAP > 0.5  # of 16 unseen identities, with visibility maps; chance is about a tenth
+    assert names["loss"].isfinite().all()
+    assert capsys.readouterr().out.count("mAP") == 2
+
+
 def test_code_for_those_who_come_from_qaconv() -> None:
     names = run(DOCS / "coming-from-qaconv.md")
     assert names["scores"].shape == (8, 8)

@@ -44,7 +44,7 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         TypeError: numbers that are not integers.
         ValueError: numbers below 1, or a matcher that is no `QAConv` with classes, once the training starts.
 
-    Example:
+    Examples:
         >>> trainer = lightning.Trainer(callbacks=[GraphSampling("criterion.matcher")])  # doctest: +SKIP
     """
 
@@ -149,7 +149,7 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
 def changed_share(before: Tensor, after: Tensor) -> float:
     """The share of the ids `after [N, K]` that are not in the same row of `before [N, K]`.
 
-    Example:
+    Examples:
         >>> changed_share(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[2, 3], [2, 0]]))
         0.25
     """
