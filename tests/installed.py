@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 assert "site-packages" in qaconv_triton.__file__, qaconv_triton.__file__
 assert Path(config.__file__).is_relative_to(Path(qaconv_triton.__file__).parent), config.__file__
 assert version("qaconv-triton") == qaconv_triton.__version__
+code = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 names: dict[str, object] = {}
-exec("\n".join(re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)), names)
+exec("\n".join(code), names)
 assert names["scores"].shape == (16, 16)
-print(f"qaconv_triton {qaconv_triton.__version__} works in {Path(qaconv_triton.__file__).parent}")
