@@ -1,4 +1,4 @@
-"""The class graph beside what one would use in its place.
+"""Benchmarks of the class graph, beside what one would use in its place.
 
     python -m bench graph --cases 4096x25088x32
 

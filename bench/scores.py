@@ -1,4 +1,4 @@
-"""The class path and all pairs beside plain PyTorch.
+"""Benchmarks of the class path and of all pairs, beside plain PyTorch.
 
     python -m bench classes --cases 64x10000x256x512x7x7x4 --parts step
     python -m bench pairs --cases 64x1000x512x7x7

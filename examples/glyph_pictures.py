@@ -1,4 +1,4 @@
-"""The demo's pictures: accuracy over time, classes and their nearest ones, the local matches of one character."""
+"""Draws the demo's figures: accuracy over time, classes and their nearest ones, the local matches of one character."""
 
 from __future__ import annotations
 

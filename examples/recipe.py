@@ -1,4 +1,4 @@
-"""What the examples train and measure with; docs/training.md gives the effect of each part.
+"""What glyphs.py, ablations.py and images.py train and measure with; docs/training.md gives the effect of each part.
 
 - `Recipe`: the choices of a training, at what we recommend.
 - `MatchingLoss`: QAConv; a sample is scored against its class and the K nearest to it, K random ones, or all N.

@@ -120,7 +120,9 @@ def correlation_forward(locations: int, channels: int, probe_size: int, gallery_
     if is_half and family in (8, 9) and (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
         found += [Config(kept, number, num_stages=2) for number in warps]
     step = 64 if probe_size == 2 else 32
-    if family in (8, 12) and shared_memory() < 2**17 and probe_size == gallery_size:  # there wider steps may spill
+    is_narrow = family in (8, 12) and shared_memory() < 2**17
+    is_narrow |= family == 10 and probe_size == 4 and locations <= LARGEST_TILE
+    if is_narrow and probe_size == gallery_size:  # there wider steps may spill
         found.append(Config(kept | {"BC": min(whole, step // 2), "RESIDENT": False}, warps[0], num_stages=3))
     for channels_a_step in (step, 2 * step):
         read = kept | {"BC": min(whole, channels_a_step), "RESIDENT": False}

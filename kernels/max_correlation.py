@@ -58,7 +58,7 @@ def _forward_kernel(
     p_slots,  # [P, K] int64, rows of p_rnorm
     p_permutation,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
     p_pooled,  # [P, K, 2S] fp32; with SUM [P, K, S], maxima over s of maps of more than BS locations
-    p_argmax,  # [P, K, 2S] uint8 or int16
+    p_argmax,  # [P, K, 2S] of `argmax_dtype`
     p_rnorm,  # [T or G, S] fp32
     p_is_out_of_range,  # [] bool: whether some map is outside the safe range
     p_weight,  # [2S] fp32, of the pooled values in p_sums
@@ -503,15 +503,14 @@ def _gallery_gradient_kernel(
     b_radial = tl.zeros([BR], tl.float32)
     b_radial_s = tl.zeros([BR, BS], tl.float32)
     for i in range(i_begin, i_end):
+        i_p = i
         i_pair = i * K + i_slot
         if HAS_INDEX:
             i_pair = tl.load(p_pairs + i)
-        i_p = i_pair // K
+            i_p = (i_pair.to(tl.uint64) // K.to(tl.uint64)).to(tl.int64)
         o_pair = i_pair * 2 * S
         b_arg_r = tl.load(p_argmax + o_pair + S + o_r, mask=m_r, other=0).to(tl.int32)
         b_grad_r = tl.load(p_grad + o_pair + S + o_r, mask=m_r, other=0.0) * scale
-        if NORMALIZE:
-            b_radial += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
         for i_s in range(0, S if SPLIT else BS, BS):
             o_s = i_s + tl.arange(0, BS)
             m_s = o_s < S
@@ -526,13 +525,16 @@ def _gallery_gradient_kernel(
             )
             # [BR, BS] @ [BS, BC] -> [BR, BC]
             b_out = dot(b_weight.to(b_probe.dtype), b_probe, b_out, PRECISION)
+        if NORMALIZE:
+            b_radial += b_grad_r * tl.load(p_pooled + o_pair + S + o_r, mask=m_r, other=0.0)
 
+    if NORMALIZE:
+        b_radial += tl.sum(b_radial_s, axis=1)
     m_out = m_r[:, None] & m_c[None, :] & (i_g >= 0)
     if NORMALIZE:
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
         b_map = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0)
-        b_radial += tl.sum(b_radial_s, axis=1)
         b_out -= normalized(b_map, b_rnorm) * b_radial[:, None]
     b_out *= tl.div_rn(1.0, scale)  # exact; before norms that may leave little room
     if NORMALIZE:

@@ -44,7 +44,7 @@ def _norms_kernel(
 def inverse_norms(gallery: Tensor, inverted: InvertedIndex | None) -> Tensor:
     """Launch the norms of `gallery [G, S, C]`: `1 / |g|` over C, fp32 `[G, S]`, or `[T, S]` for the slots of an index.
 
-    Those outside the safe range are negative, as `norms.inverse_norms` has them.
+    Those outside the safe range are negative, as those of `common.norms.inverse_norms`.
 
     They are a pass of their own over the touched maps, which costs less than taking them from the tiles of the product:
     every pair would take them again, and their sums would hold up the products.

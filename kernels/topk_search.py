@@ -3,8 +3,8 @@
 A step is one column block for every row block, row block i with column block i + step in a circle, so that every buffer
 sees equally many candidates. Each round runs as many steps as should fill 70% of the remaining capacity at the current
 rate; the host then reads back the longest buffer's length. Where buffers are filling up they are compacted to their k
-best, whose last is then the threshold. If a buffer overflows, the round is rolled back and repeated in smaller steps
-with the raised thresholds.
+best, whose last is then the threshold. If a buffer overflows, the round is rolled back and repeated with fewer steps
+and the raised thresholds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ranks of `torch.distributed` do together: sums for norms over all ranks, one search of the class graph."""
+"""What ranks of `torch.distributed` do together: sums of batch norms over all ranks, one search of the class graph."""
 
 from __future__ import annotations
 

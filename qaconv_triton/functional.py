@@ -1,4 +1,4 @@
-"""Typed public functions: cosine top-k, the class-neighbour graph, and the two-sided maximum correlation."""
+"""Public functions: cosine top-k, the class graph, maximum correlation; how maps are prepared for all scores."""
 
 from __future__ import annotations
 

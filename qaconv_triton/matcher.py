@@ -68,7 +68,7 @@ class Correspondences(NamedTuple):
 
 
 class QAConv(nn.Module):
-    """Score pairs of feature maps by their best local matches; with classes, against each class's nearest only.
+    """Score pairs of maps by their best local matches; with labels, each against the K classes nearest to its own.
 
     Args:
         num_features: C, channels of the feature maps.

@@ -105,9 +105,9 @@ def max_correlation(
 
     Returns:
         pooled `[P, K or G, 2S]` fp32 (fp64 for fp64): the maximum over r for every s, then over s for every r;
-        argmax of that shape, uint8 or int16, lowest index first; inverse norms of the gallery maps in `index`, in the
-        order of their ids, `[T, S]`, or of all of them, `[G, S]`, empty without `normalize_gallery`; and the inverted
-        index of `index`, packed, empty without one. Only pooled is differentiable, once.
+        argmax of that shape, of `argmax_dtype`, lowest index first; inverse norms of the gallery maps in `index`, in
+        the order of their ids, `[T, S]`, or of all of them, `[G, S]`, empty without `normalize_gallery`; and the
+        inverted index of `index`, packed, empty without one. Only pooled is differentiable, once.
     """
     backend = _backend("max_correlation", probe.device, probe.dtype)
     index = None if index is None else index.contiguous()

@@ -1,4 +1,4 @@
-"""What `make gpu-check` adds to the other tests: every kernel once, the same bits again, nothing compiled twice.
+"""Smoke tests that `make gpu-check` adds to the others: every kernel once, the same bits again, nothing compiled twice.
 
 The tests marked `smoke` are few and small, for compute-sanitizer; they run without a GPU, too.
 """

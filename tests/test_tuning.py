@@ -17,7 +17,7 @@ from qaconv_triton import functional, reference
 from qaconv_triton.kernels import config
 
 pytest.importorskip("triton")
-from launches import CONFIGS, Launches, select, table, tune
+from fake_launches import CONFIGS, Launches, select, table, tune
 
 from qaconv_triton.kernels import cosine_topk, tuning
 from qaconv_triton.kernels.config import Config

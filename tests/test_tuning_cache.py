@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 pytest.importorskip("triton")
-from launches import Launches, select, tune
+from fake_launches import Launches, select, tune
 
 from qaconv_triton.kernels import tuning
 

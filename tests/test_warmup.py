@@ -15,7 +15,7 @@ from inputs import torch_default
 from qaconv_triton import warmup
 
 pytest.importorskip("triton")
-from launches import CONFIGS
+from fake_launches import CONFIGS
 
 from qaconv_triton.kernels import tuning
 
