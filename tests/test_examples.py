@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qaconv_triton
-from qaconv_triton import functional
+from qaconv_triton import functional, integrations
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -40,6 +40,13 @@ def test_training_script() -> None:
     assert names["matcher"].bn.num_batches_tracked == 2 * 2 * 24  # two forwards for each class's batch, two epochs
 
 
+def test_code_for_other_packages() -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    names = run(DOCS / "integrations.md")
+    assert names["loss"] > 0
+    assert [sorted(found) for found in names["accuracies"]] == [["mean_average_precision", "precision_at_1"]] * 2
+
+
 def test_code_for_those_who_come_from_qaconv() -> None:
     names = run(DOCS / "coming-from-qaconv.md")
     assert names["scores"].shape == (8, 8)
@@ -48,7 +55,10 @@ def test_code_for_those_who_come_from_qaconv() -> None:
 
 
 MODULES = ["qaconv_triton"] + [
-    f"qaconv_triton.{module.name}" for module in pkgutil.iter_modules(qaconv_triton.__path__) if not module.ispkg
+    f"{package.__name__}.{module.name}"
+    for package in (qaconv_triton, integrations)
+    for module in pkgutil.iter_modules(package.__path__)
+    if not module.ispkg
 ]
 
 
