@@ -40,11 +40,14 @@ def test_training_script() -> None:
     assert names["matcher"].bn.num_batches_tracked == 2 * 2 * 24  # two forwards for each class's batch, two epochs
 
 
-def test_code_for_other_packages() -> None:
+def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
     names = run(DOCS / "integrations.md")
     assert names["loss"] > 0
     assert [sorted(found) for found in names["accuracies"]] == [["mean_average_precision", "precision_at_1"]] * 2
+    assert Path("matches.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_code_for_those_who_come_from_qaconv() -> None:

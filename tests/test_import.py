@@ -60,6 +60,7 @@ def test_the_library_works_without_triton() -> None:
     [
         ("integrations.lightning", "lightning", "lightning"),
         ("integrations.metric_learning", "pytorch_metric_learning", "metric-learning"),
+        ("plots", "matplotlib", "plot"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(
