@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qaconv_triton
-from qaconv_triton import functional, integrations
+from qaconv_triton import evaluation, functional, integrations
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -57,16 +57,18 @@ def test_code_for_those_who_come_from_qaconv() -> None:
     assert names["threshold"].isfinite()
 
 
+PACKAGES = qaconv_triton, evaluation, integrations
 MODULES = ["qaconv_triton"] + [
     f"{package.__name__}.{module.name}"
-    for package in (qaconv_triton, integrations)
+    for package in PACKAGES
     for module in pkgutil.iter_modules(package.__path__)
     if not module.ispkg
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = {item: getattr(qaconv_triton, item) for item in qaconv_triton.__all__}  # what a reader imports
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, **names})
     assert result.failed == 0
@@ -74,7 +76,8 @@ def test_docstring_examples(name: str) -> None:
 
 def test_public_classes_and_functions_have_examples() -> None:
     finder = doctest.DocTestFinder(recurse=False)
-    public: list[Any] = [getattr(qaconv_triton, name) for name in qaconv_triton.__all__ if name != "functional"]
+    public: list[Any] = [getattr(package, name) for package in (qaconv_triton, evaluation) for name in package.__all__]
+    public.remove(functional)
     public += [functional.class_neighbors, functional.topk_cosine, functional.max_correlation]
     for item in public:
         assert sum(len(test.examples) for test in finder.find(item)) > 0, item

@@ -198,6 +198,12 @@ def test_accuracies_are_those_of_the_score_matrix(ref_includes_query: bool, flat
     calculator = AccuracyCalculator(METRICS, knn_func=QAConvKNN(matcher), device=DEVICE)
     assert calculator.get_accuracy(*arguments) == expected
     assert matcher.training
+    fewer = QAConvKNN(matcher, prefilter=8)(query, 3, reference, ref_includes_query)
+    every = QAConvKNN(matcher)(query, len(reference) - 1, reference, ref_includes_query)
+    for row in range(B):  # those of the full search, less what the prefilter leaves out
+        places = [every[1][row].tolist().index(item) for item in fewer[1][row].tolist()]
+        assert places == sorted(places)
+        assert_close(fewer[0][row], every[0][row, places], torch.float32)
 
 
 @pytest.mark.parametrize("ref_includes_query", [True, False])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..evaluation import rank_gallery
 from ..functional import topk_cosine
 from ..matcher import QAConv
 from ..scores import BatchStatistics, prepared_pairs, score_gallery, score_maps, update_running_statistics
@@ -116,6 +117,7 @@ class QAConvKNN:
 
     Args:
         matcher: a `QAConv`, on the calculator's device; it scores in eval mode.
+        prefilter: score only so many references of each query, the nearest by cosine, as `evaluation.rank_gallery`.
 
     Example:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -125,8 +127,9 @@ class QAConvKNN:
         ['precision_at_1']
     """
 
-    def __init__(self, matcher: QAConv) -> None:
+    def __init__(self, matcher: QAConv, prefilter: int | None = None) -> None:
         self.distance = QAConvDistance(matcher)
+        self.prefilter = prefilter
 
     def __call__(
         self, query: Tensor, k: int, reference: Tensor, ref_includes_query: bool = False
@@ -141,9 +144,13 @@ class QAConvKNN:
 
         Returns:
             Scores `[B, k]`, falling, and indices `[B, k]`.
+
+        Raises:
+            TypeError, ValueError: as for `evaluation.rank_gallery`.
         """
         query, reference = self.distance._maps(query, "query"), self.distance._maps(reference, "reference")
-        scores, indices = self.distance.matcher.match(query, reference).topk(k + ref_includes_query, dim=1)
+        k, matcher = k + ref_includes_query, self.distance.matcher
+        scores, indices = rank_gallery(matcher, query, reference, k, prefilter=self.prefilter)
         found: tuple[Tensor, Tensor] = return_results(scores, indices, ref_includes_query)
         return found
 
