@@ -48,6 +48,8 @@ def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert names["loss"] > 0
     assert [sorted(found) for found in names["accuracies"]] == [["mean_average_precision", "precision_at_1"]] * 2
     assert Path("matches.png").read_bytes().startswith(b"\x89PNG")
+    assert names["metrics"].num_queries == 8
+    assert "<title>Before training</title>" in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_code_for_those_who_come_from_qaconv() -> None:
