@@ -406,13 +406,13 @@ def _drawing(
             if is_chooser:
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{kind}"/>')
     view = f"-2 -2 {corners[1][0] + widths[1] + 4:.1f} 264"
-    return f'<svg viewBox="{view}" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
+    return f'<svg viewBox="{view}" preserveAspectRatio="xMinYMid" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
 
 
 def _curve(curve: list[float]) -> str:
     """The CMC curve, from rank 1 on."""
     low = max(0.0, int(10 * curve[0] - 1e-9) / 10)
-    across = {rank: 56 + 400 * (rank - 1) / max(len(curve) - 1, 1) for rank in range(1, len(curve) + 1)}
+    across = {rank: 64 + 392 * (rank - 1) / max(len(curve) - 1, 1) for rank in range(1, len(curve) + 1)}
 
     def down(value: float) -> float:
         return 16 + 220 * (1 - value) / (1 - low)
@@ -421,8 +421,8 @@ def _curve(curve: list[float]) -> str:
     for i in range(int((1 - low) / step + 1e-6) + 1):
         value = 1 - i * step
         y = down(value)
-        parts.append(f'<line x1="56" x2="456" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="48" y="{y + 5:.1f}" text-anchor="end">{100 * value:.0f} %</text>')
+        parts.append(f'<line x1="64" x2="456" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="56" y="{y + 5:.1f}" text-anchor="end">{100 * value:.0f} %</text>')
     parts += [
         f'<text x="{x:.1f}" y="258" text-anchor="middle">{rank}</text>'
         for rank, x in across.items()
@@ -431,7 +431,7 @@ def _curve(curve: list[float]) -> str:
     points = [(across[rank], down(value)) for rank, value in enumerate(curve, 1)]
     parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="curve"/>')
     parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" class="both"/>' for x, y in points]
-    parts.append('<text x="256" y="280" text-anchor="middle">rank</text>')
+    parts.append('<text x="260" y="280" text-anchor="middle">rank</text>')
     text = f"Share of queries whose first true match has rank r or better: {_percent(curve[0])} at rank 1, "
     text += f"{_percent(curve[-1])} at rank {len(curve)}"
     return (
@@ -480,7 +480,7 @@ figure { margin: 0; } figcaption { font-size: .85rem; color: var(--soft); } figc
 .wrong img, .wrong .none { border: 4px dashed var(--wrong); } .wrong strong { color: var(--wrong); }
 .query strong { color: var(--text); }
 .drawings { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem;
-  padding-bottom: 1rem; } .drawings figure { max-width: 26rem; }
+  padding-bottom: 1rem; } .drawings svg { max-width: 26rem; max-height: 19rem; }
 .occluded { fill: #000; } .frame { fill: none; stroke: var(--line); } .halo { stroke: #fff; }
 line.both { stroke: #0072b2; } line.one { stroke: #d55e00; stroke-dasharray: 7 3; }
 circle.both { fill: #0072b2; stroke: #fff; } circle.one { fill: #d55e00; stroke: #fff; }
