@@ -14,6 +14,7 @@ from errors import refused, state_of
 from inputs import DEVICE, C, H, W, make_matcher, maps, visibility
 from tolerances import assert_close
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from qaconv_triton.evaluation import rank_gallery, ranking
 
@@ -105,16 +106,16 @@ def test_visibility_goes_with_its_maps(forms: tuple[str, str], prefilter: int | 
 @pytest.mark.parametrize(
     ("backend", "prefilter"), [("torch", K), ("torch", G), ("torch", 12), ("triton", 12)], indirect=["backend"]
 )
-def test_prefilter_scores_the_nearest_means_alone(backend: str, prefilter: int) -> None:
+def test_prefilter_scores_the_nearest_flat_maps_alone(backend: str, prefilter: int) -> None:
     matcher, weights = make_matcher(), (visibility(Q, 3), visibility(G, 4))
     scores, indices = rank_gallery(
         matcher, QUERY, GALLERY.half(), K, query_occ=weights[0], gallery_occ=weights[1], prefilter=prefilter
     )
-    means = [
-        (torch.nn.functional.normalize(each.double(), dim=1) * weight).mean(dim=(2, 3))
+    flat = [
+        normalize((normalize(each.double(), dim=1) * weight).flatten(1), dim=1)
         for each, weight in zip((QUERY, GALLERY.half()), weights, strict=True)
     ]
-    cosines = torch.nn.functional.normalize(means[0], dim=1) @ torch.nn.functional.normalize(means[1], dim=1).mT
+    cosines = flat[0] @ flat[1].mT
     outside = cosines.argsort(dim=1, descending=True)[:, prefilter:]
     all_scores = matcher.match(QUERY, GALLERY.half(), *weights).scatter(1, outside, -torch.inf)
     true_scores, true_indices = by_sorting(all_scores, K)

@@ -150,7 +150,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"indices": LISTS[:, :0]}, ValueError, r"indices: expected shape \[Q, k\] .* got \[2, 0\]"),
     ({"indices": LISTS + 1}, IndexError, r"indices: expected values in \[0, 3\) for 3 gallery items, got \[3\]"),
     ({"indices": LISTS - 1}, IndexError, r"indices: .* got \[-1\]"),
-    ({"indices": torch.tensor([[0, 1], [2, 2]])}, ValueError, r"every gallery item at most once a row, got row 1"),
+    ({"indices": torch.tensor([[0, 1], [2, 2]])}, ValueError, r"every item at most once a row, got row 1"),
     ({"gallery_ids": [1]}, ValueError, r"at most 1 places a row, as gallery_ids, got \[2, 2\]"),
     ({"query_ids": [1]}, ValueError, r"query_ids: expected \[2\] for indices \[2, 2\], got \[1\]"),
     ({"query_ids": [1.0, 2.0]}, TypeError, r"query_ids: expected an integer dtype"),

@@ -185,7 +185,7 @@ def _encoded(paths: Iterable[str | os.PathLike[str]], count: int) -> Tensor:
     if len(texts) != count:
         raise ValueError(f"paths: expected {count}, as there are ids, got {len(texts)}")
     data = bytearray(b"".join(text + b"\0" for text in texts))
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
 
 
 def _write_header(

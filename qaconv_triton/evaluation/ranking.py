@@ -1,7 +1,7 @@
 """The k best gallery maps of every query: the gallery is streamed, and no matrix of all scores is held.
 
-With a prefilter, as in retrieval with re-scoring, cosines of pooled maps select candidates and the matcher scores these
-alone, by the lists of candidates that the class path takes as neighbours.
+With a prefilter, cosines of flattened maps select candidates, and the matcher scores these alone: lists of candidates
+are to it what lists of neighbours are on the class path. Pooled maps cost less, but lose more: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from .. import functional
 from ..matcher import QAConv
@@ -52,10 +53,10 @@ def rank_gallery(
         query_occ: visibility `[Q, 1, H, W]` in [0, 1], as an array or in chunks; with chunks of maps, in chunks of the
             same sizes, or as an array.
         gallery_occ: visibility `[G, 1, H, W]`, likewise.
-        prefilter: score only so many gallery maps of each query, between k and G: those whose mean of normalised
-            locations, weighted by visibility, has the largest cosine with the query's. It needs a gallery that can be
-            read twice, not an iterable, and holds `[Q + G, C]` in fp32. The result is that of a full search as far as
-            the candidates hold its best: `python -m bench.ranking` measures how far.
+        prefilter: score only so many gallery maps of each query, between k and G: those of largest cosine with it, as
+            flattened maps that are normalised at every location and weighted by visibility. The gallery is read
+            twice then, and is no iterable. The result is that of a full search as far as the candidates hold its best;
+            `python -m bench ranking` measures how far.
         progress: show it, by tqdm on a terminal, elsewhere as a line now and then.
 
     Returns:
@@ -78,9 +79,7 @@ def rank_gallery(
     if not isinstance(matcher, QAConv):
         raise TypeError(f"matcher: expected a QAConv, got {type(matcher).__name__}")
     if not matcher._head.is_frozen(evaluate=True):
-        raise ValueError(
-            "matcher: its batch norms have no running statistics, so scores depend on the others of a block"
-        )
+        raise ValueError("matcher: expected batch norms with running statistics: else blocks change scores")
     check_flag(progress, "progress")
     if prefilter is not None and not is_array(gallery):
         raise ValueError(
@@ -90,22 +89,51 @@ def rank_gallery(
     k = check_count(k, "k", low=1, high=None, why="gallery maps of each query")
     sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
     queries, size = read_maps(sizes, query, query_occ, "query", "query_occ"), 0
+    chunks: Iterable[Held]
     if is_array(gallery):
         items = read_maps(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
-        size = len(items)
+        chunks, size = [items], len(items)
         check_count(k, "k", low=1, high=size, why=f"the gallery has {size} maps")
-        if prefilter is not None:
-            prefilter = check_count(prefilter, "prefilter", low=k, high=size, why=f"k is {k} of {size} gallery maps")
-            with show_progress("ranking", "pairs", shown=progress) as report:
-                candidates = _nearest_means(matcher, queries, items, prefilter)
-                return _rank_candidates(matcher, queries, items, candidates, k, report)
-    chunks = [items] if size else read_chunks(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
+    else:
+        chunks = read_chunks(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
+    scoring = _Scoring(matcher, functional.correlation_dtype(queries.rows(slice(0, 0), matcher.fc.weight.device)[0]))
+    if prefilter is None:
+        with show_progress("ranking", "pairs", shown=progress) as report:
+            return _rank_all(scoring, queries, chunks, k, size, report)
+    prefilter = check_count(prefilter, "prefilter", low=k, high=size, why=f"k is {k} of {size} gallery maps")
+    with show_progress("prefilter", "pairs", shown=progress) as report:
+        candidates = _rank_all(_FlatCosine(matcher, torch.float32), queries, chunks, prefilter, size, report)[1]
     with show_progress("ranking", "pairs", shown=progress) as report:
-        return _rank_all(matcher, queries, chunks, k, size, report)
+        return _rank_candidates(scoring, queries, items, candidates, k, report)
 
 
-def _maps_at_a_time(matcher: QAConv) -> int:
-    return max(1, min(MOST_ITEMS, MAP_BYTES // (4 * matcher.num_features * matcher.height * matcher.width)))
+class _Scoring:
+    """Scores of prepared maps by a matcher, with products in `dtype`."""
+
+    def __init__(self, matcher: QAConv, dtype: torch.dtype) -> None:
+        self.head, self.dtype, self.device = matcher._head, dtype, matcher.fc.weight.device
+        bytes_of_map = 4 * matcher.num_features * matcher.height * matcher.width
+        self.most_maps = max(1, min(MOST_ITEMS, MAP_BYTES // bytes_of_map))  # at a time
+
+    def prepare(self, maps: Tensor, visibility: Tensor | None) -> Tensor:
+        """Maps normalised at every location and weighted by visibility."""
+        return functional.prepare_maps(maps, visibility, self.dtype)
+
+    def compare(self, probe: Tensor, items: Tensor, index: Tensor | None = None) -> Tensor:
+        """Scores of all pairs `[P, G]`, or of the items `index [P, M]` of each probe."""
+        return score_maps(self.head, probe, items, index, evaluate=True)[0]
+
+
+class _FlatCosine(_Scoring):
+    """Cosines of the same maps, flattened."""
+
+    def prepare(self, maps: Tensor, visibility: Tensor | None) -> Tensor:
+        """Vectors `[P, C S]` of length 1, or 0; NaN counts as 0."""
+        return normalize(super().prepare(maps, visibility).nan_to_num().flatten(1))
+
+    def compare(self, probe: Tensor, items: Tensor, index: Tensor | None = None) -> Tensor:
+        """Cosines of all pairs `[P, G]`."""
+        return probe @ items.mT
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -115,61 +143,50 @@ def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _rank_all(
-    matcher: QAConv, queries: Held, chunks: Iterable[Held], k: int, size: int, report: Progress
+    scoring: _Scoring, queries: Held, chunks: Iterable[Held], k: int, size: int, report: Progress
 ) -> tuple[Tensor, Tensor]:
     """The k best of all maps of the chunks; `size` is their number, 0 where it is not known before."""
-    device, first = matcher.fc.weight.device, 0
-    starts = range(0, max(len(queries), 1), MOST_QUERIES)
+    device, first = scoring.device, 0
+    step = min(MOST_QUERIES, scoring.most_maps)
+    starts = range(0, max(len(queries), 1), step)
     best: list[tuple[Tensor, Tensor]] = []
-    for maps, visibility in in_blocks(chunks, _maps_at_a_time(matcher), device):
-        ids = torch.arange(first, first + len(maps), device=device)
+    for block in in_blocks(chunks, scoring.most_maps, device):
+        items = scoring.prepare(*block)
+        ids = torch.arange(first, first + len(items), device=device)
         for number, start in enumerate(starts):
-            probe, probe_visibility = queries.rows(slice(start, start + MOST_QUERIES), device)
-            scores, indices = matcher.match(probe, maps, probe_visibility, visibility), ids.expand(len(probe), -1)
+            probe = scoring.prepare(*queries.rows(slice(start, start + step), device))
+            scores, indices = scoring.compare(probe, items), ids.expand(len(probe), -1)
             if first == 0:
                 best.append(_best(scores, indices, k))
             else:
                 both = torch.cat([best[number][0], scores], dim=1), torch.cat([best[number][1], indices], dim=1)
                 best[number] = _best(*both, k)
-            report(first * len(queries) + min(start + MOST_QUERIES, len(queries)) * len(maps), size * len(queries))
-        first += len(maps)
+            report(first * len(queries) + min(start + step, len(queries)) * len(items), size * len(queries))
+        first += len(items)
     check_count(k, "k", low=1, high=first, why=f"the gallery has {first} maps")
-    scores, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
-    return scores, indices
-
-
-def _nearest_means(matcher: QAConv, queries: Held, items: Held, count: int) -> Tensor:
-    """The `count` maps of each query whose means of normalised locations are nearest by cosine, int64 `[Q, count]`."""
-    query_means, item_means = (
-        torch.cat(
-            [
-                functional.prepare_maps(maps, visibility, torch.float32).mean(dim=(2, 3)).nan_to_num()
-                for maps, visibility in in_blocks([held], _maps_at_a_time(matcher), matcher.fc.weight.device)
-            ]
-        )
-        for held in (queries, items)
-    )
-    return functional.topk_cosine(query_means, item_means, count)[1]
+    return _stacked(best)
 
 
 def _rank_candidates(
-    matcher: QAConv, queries: Held, items: Held, candidates: Tensor, k: int, report: Progress
+    scoring: _Scoring, queries: Held, items: Held, candidates: Tensor, k: int, report: Progress
 ) -> tuple[Tensor, Tensor]:
     """The k best of each query's candidates `[Q, M]`, which are gathered for some queries at a time."""
-    device, most = candidates.device, _maps_at_a_time(matcher)
     candidates = candidates.sort(dim=1).values  # equal scores by ascending row
     best: list[tuple[Tensor, Tensor]] = []
-    for ids in candidates.split(max(1, most // candidates.shape[1])):
-        done = sum(len(part) for part, _ in best)
-        maps, visibility = queries.rows(slice(done, done + len(ids)), device)
-        dtype = functional.correlation_dtype(maps)
-        probe = functional.prepare_maps(maps, visibility, dtype)
+    done = 0
+    for ids in candidates.split(max(1, scoring.most_maps // candidates.shape[1])):
+        probe = scoring.prepare(*queries.rows(slice(done, done + len(ids)), scoring.device))
         scores = []
-        for part in ids.split(most, dim=1):
+        for part in ids.split(scoring.most_maps, dim=1):
             rows, places = part.unique(return_inverse=True)
-            table = functional.prepare_maps(*items.rows(rows, device), dtype)
-            scores.append(score_maps(matcher._head, probe, table, places, evaluate=True)[0])
+            table = scoring.prepare(*items.rows(rows, scoring.device))
+            scores.append(scoring.compare(probe, table, places))
         best.append(_best(torch.cat(scores, dim=1), ids, k))
-        report((done + len(ids)) * ids.shape[1], candidates.numel())
-    ranked_scores, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
-    return ranked_scores, indices
+        done += len(ids)
+        report(done * ids.shape[1], candidates.numel())
+    return _stacked(best)
+
+
+def _stacked(best: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    scores, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
+    return scores, indices

@@ -154,7 +154,7 @@ def query_metrics(
     """
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices: expected an integer tensor [Q, k], got {type(indices).__name__}")
-    _check_integers(indices, "indices")
+    check_integers(indices, "indices")
     if indices.dim() != 2 or indices.shape[1] == 0:
         raise ValueError(f"indices: expected shape [Q, k] with k of at least 1, got {list(indices.shape)}")
     device, (queries, ranks) = indices.device, indices.shape
@@ -181,7 +181,7 @@ def query_metrics(
     for start in range(0, max(queries, 1), step):
         rows = slice(start, start + step)
         places = indices[rows].long()
-        _check_distinct(places, start)
+        check_distinct(places, "indices", start)
         hit = items[places] == ids[rows, None]
         left_out = is_junk[places]
         if cameras is not None and item_cameras is not None:
@@ -252,24 +252,34 @@ def as_integers(values: Any, name: str, device: torch.device, count: int | None 
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected integers, got {type(values).__name__} ({error})") from error
     if tensor.numel():  # an empty list makes a tensor of floats
-        _check_integers(tensor, name)
+        check_integers(tensor, name)
     if tensor.dim() != 1 or (count is not None and len(tensor) != count):
         raise ValueError(f"{name}: expected shape [{'M' if count is None else count}], got {list(tensor.shape)}")
     return tensor.to(device, torch.int64).contiguous()  # rows of a strided tensor, such as ids[::2]
 
 
-def _check_integers(tensor: Tensor, name: str) -> None:
+def check_integers(tensor: Tensor, name: str) -> None:
+    """Require an integer dtype.
+
+    Raises:
+        TypeError: another dtype or layout.
+    """
     check_layout(tensor, name)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer dtype, got {tensor.dtype}")
 
 
-def _check_distinct(places: Tensor, start: int) -> None:
-    ordered = places.sort(dim=1).values
+def check_distinct(indices: Tensor, name: str, first: int = 0) -> None:
+    """Require every row of `indices` to name an item once at most; `first` is the number of the first row.
+
+    Raises:
+        ValueError: naming the first row that does not.
+    """
+    ordered = indices.sort(dim=1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
     if bool(repeated.any()):
-        row = int(repeated.nonzero()[0])
-        raise ValueError(f"indices: expected every gallery item at most once a row, got row {start + row} with repeats")
+        row = first + int(repeated.nonzero()[0])
+        raise ValueError(f"{name}: expected every item at most once a row, got row {row} with repeats")
 
 
 def _count(values: Tensor, table: Tensor) -> Tensor:
