@@ -406,7 +406,8 @@ def _drawing(
             if is_chooser:
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{kind}"/>')
     view = f"-2 -2 {corners[1][0] + widths[1] + 4:.1f} 264"
-    return f'<svg viewBox="{view}" preserveAspectRatio="xMinYMid" role="img" aria-label="{label}"><title>{label}</title>{"".join(parts)}</svg>'
+    options = f'viewBox="{view}" preserveAspectRatio="xMinYMid" role="img" aria-label="{label}"'
+    return f"<svg {options}><title>{label}</title>{''.join(parts)}</svg>"
 
 
 def _curve(curve: list[float]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -216,14 +214,14 @@ def test_labels_are_inside_and_do_not_overlap() -> None:
         assert max(size) <= 12, name
 
 
-def test_nothing_is_shown_or_kept_by_pyplot() -> None:
-    script = (
-        "import sys, torch; from qaconv_triton import plots; plots.plot_cmc(torch.rand(5)); "
-        "plots.plot_ranking(torch.rand(8, 8), torch.rand(2, 8, 8), [True, False]); "
-        "print('matplotlib.pyplot' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.strip() == "False", done.stderr
+def test_nothing_is_shown_or_kept_by_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as pyplot
+
+    monkeypatch.setattr(pyplot, "show", lambda *_, **__: pytest.fail("a window opens"))
+    before, backend = pyplot.get_fignums(), matplotlib.get_backend(auto_select=False)
+    assert len(figures()) == 7
+    assert pyplot.get_fignums() == before
+    assert matplotlib.get_backend(auto_select=False) == backend
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_lines_are_the_strongest_matches(tmp_path: Path) -> None:
         and (GALLERY_IDS[item] != QUERY_IDS[row] or GALLERY_CAMERAS[item] != QUERY_CAMERAS[row])
     ]
     found = strongest_matches(matcher(), query.maps[row], gallery.maps[first], 16, probe_occ=query.occ[row])
-    drawing = re.findall(r"<svg viewBox.*?</svg>", page)[0]
+    drawing = re.findall(r"<svg viewBox=.-2.*?</svg>", page)[0]
     widths = [float(width) for width in re.findall(r'class="(?:both|one)" stroke-width="([\d.]+)"', drawing)]
     added = found.contribution[found.contribution > 0]
     assert widths == pytest.approx((3.2 * added / added.max()).tolist(), abs=0.006)
