@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
-Progress = Callable[[int, int], None]  # called with what is done and what there is to do
+Progress = Callable[[int, int], None]  # called with what is done and what there is to do, 0 if that is not known
 progress_of_search: ContextVar[Progress | None] = ContextVar("progress_of_search", default=None)
 
 
@@ -31,7 +31,7 @@ def progress_reported_to(progress: bool | Progress) -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(name: str, unit: str) -> Iterator[Progress]:
+def show_progress(name: str, unit: str, *, shown: bool = True) -> Iterator[Progress]:
     """Show how far a computation is, for as long as the context lasts.
 
     A bar needs tqdm; without it lines are written everywhere.
@@ -39,10 +39,14 @@ def show_progress(name: str, unit: str) -> Iterator[Progress]:
     Args:
         name: of the computation.
         unit: of what it does, in the plural.
+        shown: where False, nothing is.
 
     Yields:
         A function to call with what is done and what there is to do.
     """
+    if not shown:
+        yield lambda done, total: None
+        return
     tqdm = _tqdm()
     if tqdm is None:
         yield _lines(name, unit)
@@ -50,7 +54,7 @@ def show_progress(name: str, unit: str) -> Iterator[Progress]:
     with tqdm(desc=name, unit=f" {unit}", unit_scale=True) as bar:
 
         def update(done: int, total: int) -> None:
-            bar.total = total
+            bar.total = total or None
             bar.update(done - bar.n)
 
         yield update
@@ -72,10 +76,10 @@ def _lines(name: str, unit: str) -> Progress:
     def update(done: int, total: int) -> None:
         nonlocal last
         now = perf_counter()
-        if done >= total or now - last >= SECONDS_BETWEEN_LINES:
+        if 0 < total <= done or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            share = f"{done / max(total, 1):.0%}"
-            sys.stderr.write(f"{name}: {share}, {done:,} of {total:,} {unit}, {now - started:.0f} s\n")
+            share = f"{done / total:.0%}, {done:,} of {total:,}" if total else f"{done:,}"
+            sys.stderr.write(f"{name}: {share} {unit}, {now - started:.0f} s\n")
             sys.stderr.flush()
 
     return update

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .common.dtypes import accumulation_dtype
 from .matcher import QAConv
-from .progress import Progress, show_progress
+from .progress import show_progress
 from .sampler import class_labels
 from .validation import check_count, check_device, check_finite_rows, check_flag, check_maps
 
@@ -132,7 +132,7 @@ def _class_maps(
     num_drawn = torch.cat([classes for classes, _ in rounds]).bincount()
     done, total = 0, int(num_drawn.sum())
     sums: Tensor | None = None
-    with _progress("class maps", "images", progress) as report:
+    with show_progress("class maps", "images", shown=progress) as report:
         for classes, samples in rounds:
             # A round has no class twice: each sum gets one summand at a time, and is the same on every run.
             for some_classes, some_samples in zip(classes.split(batch_size), samples.split(batch_size), strict=True):
@@ -173,7 +173,7 @@ def _nearest_by_score(matcher: QAConv, maps: Tensor, k: int, progress: bool) -> 
     classes, done = len(maps), 0
     ids = torch.arange(classes, device=maps.device)
     neighbors = torch.empty(classes, k, dtype=torch.int64, device="cpu")
-    with _progress("class graph", "pairs", progress) as report:
+    with show_progress("class graph", "pairs", shown=progress) as report:
         for start in range(0, classes, BLOCK):
             probe = maps[start : start + BLOCK]
             best = maps.new_empty(len(probe), 0, dtype=accumulation_dtype(maps.dtype))
@@ -209,12 +209,3 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
         module.train(modes[0][1])  # a module's own `train` may do more than set flags
         for part, training in modes:
             part.training = training
-
-
-@contextmanager
-def _progress(name: str, unit: str, shown: bool) -> Iterator[Progress]:
-    if not shown:
-        yield lambda done, total: None
-        return
-    with show_progress(name, unit) as report:
-        yield report

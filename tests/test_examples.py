@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qaconv_triton
-from qaconv_triton import functional
+from qaconv_triton import evaluation, functional, integrations
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -47,6 +47,18 @@ def test_tutorial(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("mAP") == 2
 
 
+def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "integrations.md")
+    assert names["loss"] > 0
+    assert [sorted(found) for found in names["accuracies"]] == [["mean_average_precision", "precision_at_1"]] * 2
+    assert Path("matches.png").read_bytes().startswith(b"\x89PNG")
+    assert names["metrics"].num_queries == 8
+    assert "<title>Before training</title>" in Path("report.html").read_text(encoding="utf-8")
+
+
 def test_code_for_those_who_come_from_qaconv() -> None:
     names = run(DOCS / "coming-from-qaconv.md")
     assert names["scores"].shape == (8, 8)
@@ -54,13 +66,18 @@ def test_code_for_those_who_come_from_qaconv() -> None:
     assert names["threshold"].isfinite()
 
 
+PACKAGES = qaconv_triton, evaluation, integrations
 MODULES = ["qaconv_triton"] + [
-    f"qaconv_triton.{module.name}" for module in pkgutil.iter_modules(qaconv_triton.__path__) if not module.ispkg
+    f"{package.__name__}.{module.name}"
+    for package in PACKAGES
+    for module in pkgutil.iter_modules(package.__path__)
+    if not module.ispkg
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
+def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = {item: getattr(qaconv_triton, item) for item in qaconv_triton.__all__}  # what a reader imports
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, **names})
     assert result.failed == 0
@@ -68,7 +85,8 @@ def test_docstring_examples(name: str) -> None:
 
 def test_public_classes_and_functions_have_examples() -> None:
     finder = doctest.DocTestFinder(recurse=False)
-    public: list[Any] = [getattr(qaconv_triton, name) for name in qaconv_triton.__all__ if name != "functional"]
+    public: list[Any] = [getattr(package, name) for package in (qaconv_triton, evaluation) for name in package.__all__]
+    public.remove(functional)
     public += [functional.class_neighbors, functional.topk_cosine, functional.max_correlation]
     for item in public:
         assert sum(len(test.examples) for test in finder.find(item)) > 0, item

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
+
+import pytest
 
 
 def test_an_import_loads_no_compiler() -> None:
@@ -50,3 +53,22 @@ def test_the_library_works_without_triton() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "no triton"
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("integrations.lightning", "lightning", "lightning"),
+        ("integrations.metric_learning", "pytorch_metric_learning", "metric-learning"),
+        ("plots", "matplotlib", "plot"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    module: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name == package or name.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"qaconv_triton.{module}", raising=False)
+    with pytest.raises(ImportError, match=rf"qaconv_triton\.{module} needs .*: pip install qaconv-triton\[{extra}\]$"):
+        importlib.import_module(f"qaconv_triton.{module}")

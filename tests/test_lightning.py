@@ -88,6 +88,28 @@ def test_the_graph_is_built_every_n_steps(tmp_path: Path) -> None:
     assert changes(module.graphs) == [7, 14]
 
 
+class Writer(lightning.loggers.CSVLogger):
+    """A logger that takes figures, as TensorBoard's does, and keeps what it was called with."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.figures: list[tuple[str, Any, int]] = []
+
+    @property
+    def experiment(self) -> Any:
+        experiment = super().experiment
+        experiment.add_figure = lambda *arguments: self.figures.append(arguments)
+        return experiment
+
+
+def test_pictures_of_the_graph_are_logged(tmp_path: Path) -> None:
+    module, writer = Reid(), Writer(tmp_path)
+    callback = GraphSampling("criterion.matcher", draw=lambda graph: graph.clone())
+    trainer(tmp_path, callbacks=[callback], logger=[writer, lightning.loggers.CSVLogger(tmp_path)]).fit(module)
+    assert [(name, step) for name, _, step in writer.figures] == [("graph/neighbors", 0), ("graph/neighbors", N)]
+    assert all(torch.equal(figure, module.graphs[step]) for _, figure, step in writer.figures)
+
+
 def callbacks(*others: Any) -> list[Any]:
     return [GraphSampling("criterion.matcher", every_n_epochs=2), *others]
 
@@ -145,7 +167,12 @@ def test_changed_share() -> None:
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"matcher": 3}, TypeError), ({"every_n_epochs": 0}, ValueError), ({"every_n_steps": 1.5}, TypeError)],
+    [
+        ({"matcher": 3}, TypeError),
+        ({"every_n_epochs": 0}, ValueError),
+        ({"every_n_steps": 1.5}, TypeError),
+        ({"draw": 3}, TypeError),
+    ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):

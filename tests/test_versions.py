@@ -93,7 +93,7 @@ def test_all_files_name_the_same_floor() -> None:
         }, file  # fmt: skip
 
 
-@pytest.mark.parametrize("extra", ["dependencies", "demo", "test"])
+@pytest.mark.parametrize("extra", ["dependencies", "demo", "metric-learning", "plot", "test"])
 def test_the_oldest_of_every_range_is_pinned(extra: str) -> None:
     (section,) = re.findall(rf"^{extra} = \[(.*?)\]$", _read("pyproject.toml").replace("triton[demo]", ""), re.M | re.S)
     ranges = re.findall(r'"([\w-]+)>=([\d.]+)[;"]', section)

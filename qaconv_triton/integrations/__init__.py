@@ -1,1 +1,1 @@
-"""The library inside other packages' training loops; each module needs its package, an extra of this one."""
+"""The library inside other packages; each module needs its package, an extra of this one."""

@@ -39,9 +39,11 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
             returns it.
         every_n_epochs: epochs between two builds.
         every_n_steps: steps between two builds, instead of epochs.
+        draw: a function of a graph `[N, K]` that returns a figure of it, as by `plots.plot_neighbors`. Rank 0 logs it
+            as "graph/neighbors", to loggers that take figures: TensorBoard's.
 
     Raises:
-        TypeError: numbers that are not integers.
+        TypeError: numbers that are not integers, a `draw` that cannot be called.
         ValueError: numbers below 1, or a matcher that is no `QAConv` with classes, once the training starts.
 
     Examples:
@@ -53,10 +55,14 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         matcher: str | Callable[[Any], QAConv] = "matcher",
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
+        draw: Callable[[Tensor], Any] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(matcher, str) and not callable(matcher):
             raise TypeError(f"matcher: expected a path or a function of the LightningModule, got {matcher!r}")
+        if draw is not None and not callable(draw):
+            raise TypeError(f"draw: expected a function of the class graph, got {draw!r}")
+        self.draw = draw
         self._find: Callable[[Any], Any] = attrgetter(matcher) if isinstance(matcher, str) else matcher
         self.every_n_epochs = check_count(every_n_epochs, "every_n_epochs", low=1, high=None, why="epochs of one graph")
         if every_n_steps is not None:
@@ -143,6 +149,10 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         if before is not None:
             values["graph/changed"] = changed_share(before, neighbors)
         pl_module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=True)
+        if self.draw is not None and trainer.is_global_zero:
+            writers = [each.experiment for each in trainer.loggers if hasattr(each.experiment, "add_figure")]
+            for writer in writers:
+                writer.add_figure("graph/neighbors", self.draw(neighbors), trainer.global_step)
         logger.info("class graph of %d classes built in %.2f s", len(neighbors), seconds)
 
 

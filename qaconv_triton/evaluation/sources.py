@@ -1,0 +1,139 @@
+"""Feature maps wherever they lie: tensors and NumPy arrays, in memory or memory-mapped, and iterables of chunks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..validation import check_layout, check_maps, check_visibility
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = Tensor | np.ndarray[Any, Any]
+    Maps = Array | Iterable[Array]
+
+Sizes = dict[str, int]  # channels, height and width that maps must have; empty where any will do
+JOINED = 1024  # maps of small chunks that are joined to one
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Maps `[M, C, H, W]` and their visibility, wherever they lie."""
+
+    maps: Array
+    visibility: Array | None
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def rows(self, rows: slice | Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Some of them `[m, C, H, W]`, and their visibility `[m, 1, H, W]`, on `device`."""
+        maps = take(self.maps, rows, device)
+        if self.visibility is None:
+            return maps, None
+        return maps, take(self.visibility, rows, device).reshape(len(maps), 1, *maps.shape[2:])
+
+
+def take(values: Array, rows: slice | Tensor, device: torch.device) -> Tensor:
+    """Some rows of an array, as a tensor on `device`."""
+    if isinstance(values, Tensor):
+        return values[rows if isinstance(rows, slice) else rows.to(values.device)].to(device)
+    part = values[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+    return torch.from_numpy(part.astype(part.dtype.newbyteorder("="))).to(device)  # a copy: the file may be read-only
+
+
+def is_array(values: object) -> bool:
+    """Whether `values` is a tensor or a NumPy array, not an iterable of them."""
+    numpy = sys.modules.get("numpy")  # without it nobody has an array
+    return isinstance(values, Tensor) or (numpy is not None and isinstance(values, numpy.ndarray))
+
+
+def describe(values: Array, name: str) -> Tensor:
+    """Shape and dtype of an array, as a tensor without values."""
+    if isinstance(values, Tensor):
+        check_layout(values, name)
+        if values.is_meta:
+            raise ValueError(f"{name}: no values on the meta device")
+        return values.detach().to("meta")
+    try:
+        dtype = torch.from_numpy(sys.modules["numpy"].empty(0, values.dtype.newbyteorder("="))).dtype
+    except TypeError as error:
+        raise TypeError(f"{name}: expected floating-point numbers, got an array of {values.dtype}") from error
+    return torch.empty(values.shape, dtype=dtype, device="meta")
+
+
+def _checked(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Held:
+    """An array of maps of these sizes with its visibility, after checks.
+
+    Raises:
+        TypeError, ValueError: another type, dtype or shape.
+    """
+    if not is_array(maps):
+        raise TypeError(f"{name}: expected a tensor or a NumPy array [M, C, H, W], got {type(maps).__name__}")
+    described = describe(maps, name)
+    check_maps(described, name, **sizes)
+    if visibility is not None:
+        if not is_array(visibility):
+            raise TypeError(f"{visibility_name}: expected a tensor or a NumPy array, got {type(visibility).__name__}")
+        check_visibility(describe(visibility, visibility_name), visibility_name, described)
+    return Held(maps, visibility)
+
+
+def read_chunks(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Iterator[Held]:
+    """The chunks of an iterable, each with its visibility, which comes in such chunks or as one array."""
+    if not isinstance(maps, Iterable):
+        raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {type(maps).__name__}")
+    parts = iter(visibility) if visibility is not None and not is_array(visibility) else None
+    count = number = 0
+    for number, chunk in enumerate(maps, start=1):
+        label, visibility_label = f"{name}, chunk {number}", f"{visibility_name}, chunk {number}"
+        described = _checked(sizes, chunk, None, label, "").maps
+        sizes = dict(zip(("channels", "height", "width"), described.shape[1:], strict=True))
+        part = visibility[count : count + len(chunk)] if parts is None and visibility is not None else None
+        if parts is not None and (part := next(parts, None)) is None:
+            raise ValueError(f"{visibility_name}: expected a chunk for each of {name}, got {number - 1}")
+        yield _checked(sizes, chunk, part, label, visibility_label)
+        count += len(chunk)
+    if parts is not None and next(parts, None) is not None:
+        raise ValueError(f"{visibility_name}: expected a chunk for each of {number} of {name}, got more")
+    if parts is None and visibility is not None and len(visibility) != count:
+        raise ValueError(f"{visibility_name}: expected {count} maps, as {name} has, got shape {list(visibility.shape)}")
+
+
+def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Held:
+    """An array with its visibility, or an iterable, read into memory."""
+    if not is_array(maps):
+        cpu = torch.device("cpu")
+        parts = list(in_blocks(read_chunks(sizes, maps, visibility, name, visibility_name), JOINED, cpu))
+        if not parts:
+            return Held(torch.empty(0, *sizes.values(), device=cpu), None)
+        return Held(*_joined(parts))
+    if visibility is not None and not is_array(visibility):
+        visibility = torch.cat([torch.as_tensor(part, device="cpu") for part in visibility])
+    return _checked(sizes, maps, visibility, name, visibility_name)
+
+
+def in_blocks(chunks: Iterable[Held], size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Chunks split or joined to about `size` maps on `device`, with their visibility; one block if all are empty."""
+    pending: list[tuple[Tensor, Tensor | None]] = []
+    for chunk in chunks:
+        for start in range(0, max(len(chunk), 1), size):
+            pending.append(chunk.rows(slice(start, start + size), device))
+            if sum(len(maps) for maps, _ in pending) >= size:
+                yield _joined(pending)
+                pending = []
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    if len(parts) == 1:
+        return parts[0]
+    visibility = [part for _, part in parts if part is not None]
+    return torch.cat([maps for maps, _ in parts]), torch.cat(visibility) if visibility else None

@@ -1,0 +1,260 @@
+"""The matches behind a score, and the pictures of matches, neighbours, rankings and CMC curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from inputs import DEVICE, H, S, W, make_matcher, maps, visibility
+from tolerances import assert_close
+from torch import Tensor
+
+from qaconv_triton import QAConv, reference
+from qaconv_triton.matches import strongest_matches
+
+matplotlib = pytest.importorskip("matplotlib")
+
+import numpy as np  # noqa: E402
+from matplotlib.collections import LineCollection, PathCollection  # noqa: E402
+from matplotlib.colors import to_hex  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from qaconv_triton import plots  # noqa: E402
+
+TALL, WIDE = torch.rand(3, 40, 20), torch.randint(256, (1, 30, 50), dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_settings() -> Iterator[None]:
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before
+
+
+def pair(dtype: torch.dtype = torch.float64) -> tuple[QAConv, Tensor, Tensor]:
+    """A matcher, and two maps that have matches of both kinds."""
+    probe, gallery = maps(1, 1, dtype)[0], maps(1, 2, dtype)[0]
+    gallery[:, :, 1:] = probe[:, :, :-1]
+    return make_matcher(dtype, "eval"), probe, gallery
+
+
+@pytest.mark.parametrize("occluded", [False, True])
+def test_contributions_are_what_matches_add_to_the_score(occluded: bool) -> None:
+    matcher, probe, gallery = pair()
+    occ = (visibility(1, 3)[0].double(), visibility(1, 4)[0].double()) if occluded else (None, None)
+    found = strongest_matches(matcher.train(), probe, gallery, probe_occ=occ[0], gallery_occ=occ[1])
+    matches = matcher.correspondences(
+        probe[None], gallery[None], *(None if each is None else each[None] for each in occ)
+    )
+    b_location, similarity_a, a_location, similarity_b = (part.flatten() for part in matches)
+    pooled = torch.cat([similarity_a, similarity_b]).requires_grad_()
+    matcher.eval()
+    score = reference.pair_scores(pooled.unsqueeze(0), matcher.bn, matcher.fc, matcher.logit_bn).sum()
+    (weight,) = torch.autograd.grad(score, pooled)  # a score is linear in the pooled values
+    expected: dict[tuple[int, int], tuple[float, float, bool, bool]] = {}
+    for i in range(2 * S):
+        place = (i, int(b_location[i])) if i < S else (int(a_location[i - S]), i - S)
+        added, _, of_probe, of_gallery = expected.get(place, (0.0, 0.0, False, False))
+        added += float(weight[i] * pooled[i].detach())
+        expected[place] = added, float(pooled[i].detach()), of_probe or i < S, of_gallery or i >= S
+    rows = zip(*(part.tolist() for part in found), strict=True)
+    got = {(s, r): tuple(rest) for s, r, *rest in rows}
+    assert got.keys() == expected.keys()
+    assert len(got) < 2 * S  # some are best both ways
+    for place, true in expected.items():
+        assert got[place][:2] == pytest.approx(true[:2], abs=1e-9)
+        assert got[place][2:] == true[2:]
+    assert (found.contribution.diff() <= 0).all()
+
+
+def test_the_strongest_of_some_locations() -> None:
+    matcher, probe, gallery = pair()
+    every = strongest_matches(matcher, probe, gallery)
+    where = torch.zeros(H, W, dtype=torch.bool, device=DEVICE)
+    where[1, :2] = True
+    some = strongest_matches(matcher, probe, gallery, 2, where=where)
+    inside = (every.probe_location == W) | (every.probe_location == W + 1)
+    for got, true in zip(some, every, strict=True):
+        assert torch.equal(got, true[inside][:2])
+
+
+def test_lines_are_the_matches() -> None:
+    matcher, probe, gallery = pair()
+    figure = plots.plot_matches(matcher, probe, gallery, TALL, WIDE, count=50)
+    (axes,) = figure.axes
+    score = matcher.match_pairs(probe[None], gallery[None]).item()
+    assert axes.get_title() == f"score {score:.2f}"
+    left, right = (image.get_extent() for image in axes.images)
+    assert (left[1] - left[0]) / (left[2] - left[3]) == pytest.approx(20 / 40)
+    assert (right[1] - right[0]) / (right[2] - right[3]) == pytest.approx(50 / 30)
+
+    def cell(place: int, extent: tuple[float, ...]) -> tuple[float, float]:
+        x, y = (place % W + 0.5) / W, (place // W + 0.5) / H
+        return extent[0] + x * (extent[1] - extent[0]), extent[3] + y * (extent[2] - extent[3])
+
+    found = strongest_matches(matcher, probe, gallery)
+    expected = {}
+    for s, r, added, _, of_probe, of_gallery in zip(*(part.tolist() for part in found), strict=True):
+        if added > 0:
+            line = tuple(np.round([*cell(s, left), *cell(r, right)], 6))
+            expected[line] = (of_probe and of_gallery, added / found.contribution.max().item())
+    drawn = {}
+    collections = [each for each in axes.collections if isinstance(each, LineCollection)]
+    for each in collections:
+        color = to_hex(each.get_edgecolor()[0]).upper()
+        if color != "#FFFFFF":
+            is_mutual, dashes = color == plots.BLUE, each.get_linestyle()[0][1]
+            assert is_mutual == (dashes is None)
+            for segment, width in zip(each.get_segments(), each.get_linewidth(), strict=True):
+                drawn[tuple(np.round(segment.flatten(), 6))] = is_mutual, width / plots.WIDEST
+    assert drawn.keys() == expected.keys()
+    assert {is_mutual for is_mutual, _ in drawn.values()} == {True, False}
+    for line, (is_mutual, share) in expected.items():
+        assert drawn[line] == (is_mutual, pytest.approx(share))
+    dots = sum(len(each.get_offsets()) for each in axes.collections if isinstance(each, PathCollection))
+    assert dots == sum(1 + is_mutual for is_mutual, _ in drawn.values())
+
+
+def test_occluded_locations_are_shaded_and_have_no_lines() -> None:
+    matcher, probe, gallery = pair(torch.float32)
+    occ = torch.ones(1, H, W, device=DEVICE)
+    occ[0, 0] = 0
+    axes = Figure().subplots()
+    figure = plots.plot_matches(matcher, probe, gallery, TALL, TALL, probe_occ=occ, axes=axes, legend=False)
+    assert axes.get_figure() is figure
+    assert axes.get_legend() is None
+    shade = axes.images[1].get_array()
+    assert (shade[0, :, 3] > 0).all()
+    assert (shade[1:, :, 3] == 0).all()
+    starts = [
+        segment[0, 1]
+        for each in axes.collections
+        if isinstance(each, LineCollection)
+        for segment in each.get_segments()
+    ]
+    assert starts
+    assert min(starts) > 1 / H
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_neighbors_stand_beside_their_class() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 4)
+    neighbors, names = torch.tensor([[1, 2, 3], [0, 4, 2], [1, 0, 4], [2, 4, 0], [3, 1, 2]]), list("abcde")
+    similarities = torch.linspace(0.9, 0.1, 15).view(5, 3)
+    options = {"classes": [3, 1], "similarities": similarities, "names": names, "count": 2}
+    figure = plots.plot_neighbors(neighbors, images, **options)
+    shown = [int(image.get_array()[0, 0, 0]) for image in figure.axes[0].images]
+    assert shown == [3, 2, 4, 1, 0, 4]
+    extents = [image.get_extent() for image in figure.axes[0].images]
+    assert [extent[0] for extent in extents[:3]] == sorted({extent[0] for extent in extents})
+    assert texts(figure) == ["d", "c", "0.39", "e", "0.33", "b", "a", "0.73", "e", "0.67"]
+    assert texts(plots.plot_neighbors(neighbors, classes=[4])) == ["4", "3", "1", "2"]
+
+
+def test_right_and_wrong_differ_without_colours() -> None:
+    gallery, is_match = torch.rand(4, 3, 40, 20), torch.tensor([True, False, False, True])
+    figure = plots.plot_ranking(TALL, gallery, is_match, scores=torch.tensor([3.0, 2.5, 1.0, -2.0]), title="query 7")
+    (axes,) = figure.axes
+    frames = [(to_hex(patch.get_edgecolor()).upper(), patch.get_linestyle() == "-") for patch in axes.patches]
+    right, wrong = (plots.BLUE, True), (plots.VERMILLION, False)
+    assert frames[1:] == [right, wrong, wrong, right]
+    assert texts(figure) == ["query", "1 ✓", "3.00", "2 ✗", "2.50", "3 ✗", "1.00", "4 ✓", "-2.00"]
+    assert axes.get_title() == "query 7"
+
+
+def test_curves_differ_without_colours() -> None:
+    curves = {name: torch.linspace(start, 1.0, 30) for name, start in (("a", 0.5), ("b", 0.25), ("c", 0.1))}
+    (axes,) = plots.plot_cmc(curves, ranks=10).axes
+    for line, curve in zip(axes.lines, curves.values(), strict=True):
+        assert line.get_xdata().tolist() == list(range(1, 11))
+        assert_close(torch.as_tensor(line.get_ydata()), curve[:10], torch.float32)
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
+    assert axes.get_legend().get_texts()[0].get_text() == "a, rank-1 0.500"
+    assert plots.plot_cmc(curves["a"]).axes[0].get_legend() is None
+
+
+def figures() -> dict[str, Figure]:
+    matcher, probe, gallery = pair(torch.float32)
+    neighbors = torch.tensor([[1, 2], [0, 2], [1, 0]])
+    square, tall = torch.rand(11, 3, 24, 24), torch.rand(11, 3, 64, 24)
+    scores, right = torch.linspace(-12.5, 12.5, 10), [True, False] * 5
+    similar = torch.rand(3, 2)
+    return {
+        "matches": plots.plot_matches(matcher, probe, gallery, TALL, TALL),
+        "wide matches": plots.plot_matches(matcher, probe, gallery, WIDE, WIDE),
+        "ranking": plots.plot_ranking(square[0], square[1:], right, scores=scores, title="query 1"),
+        "tall ranking": plots.plot_ranking(tall[0], tall[1:], right, scores=scores),
+        "neighbors": plots.plot_neighbors(neighbors, square, similarities=similar, names=["U+1234"] * 3),
+        "names": plots.plot_neighbors(neighbors, similarities=similar, names=["person 12"] * 3),
+        "cmc": plots.plot_cmc({"QAConv": torch.rand(20), "cosine": torch.rand(20)}),
+    }
+
+
+def test_labels_are_inside_and_do_not_overlap() -> None:
+    for name, figure in figures().items():
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        shown = [axes.title, *axes.texts, *([] if legend is None else [legend.get_title(), *legend.get_texts()])]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text.get_text()]
+        assert boxes, name
+        for text, box in boxes:
+            whole = figure.bbox
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, (name, text)  # noqa: PT018
+        for (one, first), (other, second) in combinations(boxes, 2):
+            assert not first.overlaps(second), (name, one, other)
+        size = figure.get_size_inches()
+        assert min(size) >= 1.5, name
+        assert max(size) <= 12, name
+
+
+def test_nothing_is_shown_or_kept_by_pyplot(monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as pyplot
+
+    monkeypatch.setattr(pyplot, "show", lambda *_, **__: pytest.fail("a window opens"))
+    before, backend = pyplot.get_fignums(), matplotlib.get_backend(auto_select=False)
+    assert len(figures()) == 7
+    assert pyplot.get_fignums() == before
+    assert matplotlib.get_backend(auto_select=False) == backend
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (torch.rand(3, 8, 8) * 2 - 1, ValueError, r"query: expected values in \[0, 1\] .*undo the normalisation"),
+        (torch.full((8, 8), 300), ValueError, r"query: expected values in \[0, 255\] of int64, got 300 to 300"),
+        (torch.full((8, 8), torch.nan), ValueError, "query: expected values"),
+        (torch.rand(2, 8, 8), ValueError, r"query: .*got shape \[2, 8, 8\]"),
+        (torch.rand(1, 3, 8, 8), ValueError, r"got shape \[1, 3, 8, 8\]"),
+        (np.zeros((8, 8), complex), TypeError, "got dtype complex128"),
+    ],
+)
+def test_images_of_another_kind_are_refused(image: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plots.plot_ranking(image, [], [])
+
+
+def test_bad_input_is_refused() -> None:
+    matcher, probe, gallery = pair(torch.float32)
+    with pytest.raises(ValueError, match=r"probe: expected one feature map \[C, H, W\], got shape \[1, 5, 2, 3\]"):
+        strongest_matches(matcher, probe[None], gallery)
+    with pytest.raises(ValueError, match=r"where: expected a bool tensor \[2, 3\]"):
+        strongest_matches(matcher, probe, gallery, where=torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        strongest_matches(matcher, probe, gallery, 0)
+    with pytest.raises(ValueError, match="equal lengths, got 2, 3"):
+        plots.plot_ranking(TALL, [TALL, TALL], [True, True, False])
+    with pytest.raises(ValueError, match=r"neighbors: expected a class graph \[N, K\], got \[4\]"):
+        plots.plot_neighbors(torch.arange(4))
+    with pytest.raises(IndexError, match=r"classes: expected values in \[0, 2\), got \[2\]"):
+        plots.plot_neighbors(torch.tensor([[1], [0]]), classes=[0, 2])
+    with pytest.raises(ValueError, match=r"similarities: expected \[2, 1\]"):
+        plots.plot_neighbors(torch.tensor([[1], [0]]), similarities=torch.rand(2, 2))
+    with pytest.raises(ValueError, match=r"cmc: expected curves \[ranks\], got shape \[2, 3\] of 'a'"):
+        plots.plot_cmc({"a": torch.rand(2, 3)})
