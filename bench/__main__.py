@@ -19,7 +19,6 @@ import torch
 
 from . import cases, measure, results
 
-OPS = {"graph": "bench.graph", "classes": "bench.scores", "pairs": "bench.scores"}  # with cases, build and providers
 COMMANDS = {"static": "bench.static", "report": "bench.report"}  # with main(arguments)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -29,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("op", nargs="?", choices=[*OPS, *COMMANDS], help="default: graph, classes and pairs")
+    options.add_argument("op", nargs="?", choices=[*cases.OPS, *COMMANDS], help="default: graph, classes and pairs")
     options.add_argument("--cases", nargs="+", metavar="SIZE", help="sizes joined by x, as in the results")
     options.add_argument(
         "--parts", nargs="+", choices=cases.PARTS["pairs"], help="of classes and pairs (default: all of a case)"
@@ -48,13 +47,14 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> Iterator[list[results.Row]]:
     """Measure the cases of an op, one list of rows for each part of a case."""
-    op, device = importlib.import_module(OPS[options.op]), torch.device(options.device)
+    op, device = importlib.import_module(cases.OPS[options.op]), torch.device(options.device)
     listed = op.TINY if options.tiny else op.CUDA_CASES if device.type == "cuda" else op.CPU_CASES
     for case in cases.select(listed, options):
         torch.compiler.reset()  # what was compiled for other sizes
         problem = op.build(case, device)
         for part in case.parts:
-            providers = list(op.providers(case, part, problem, options.providers or ()))
+            every = op.providers(case, part, problem)
+            providers = [provider for provider in every if case.measures(provider.name, options.providers or ())]
             if providers:
                 yield measure.rows(case, part, providers, device, options.repeats, options.memory)
 
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.cases and not options.op:
         parser().error("--cases needs an op: graph, classes or pairs")
-    for op in [options.op] if options.op else OPS:
+    for op in [options.op] if options.op else cases.OPS:
         options.op = op
         for rows in run(options):
             print(results.markdown(rows), end="\n\n", flush=True)

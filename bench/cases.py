@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from argparse import Namespace
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 OURS = "qaconv_triton"
+OPS = {"graph": "bench.graph", "classes": "bench.scores", "pairs": "bench.scores"}  # with cases, build and providers
 LETTERS = {"graph": "NDK", "classes": "BNKCHWM", "pairs": "PGCHW"}  # the sizes of a case; M samples of a class
 TRAINING, MATCH = ("forward", "backward", "step"), ("match",)
 PARTS = {"graph": ("",), "classes": TRAINING, "pairs": (*TRAINING, *MATCH)}
@@ -28,6 +31,11 @@ class Case(NamedTuple):
     def name(self) -> str:
         """Its sizes on the command line and in the results."""
         return "x".join(map(str, self.sizes))
+
+    @property
+    def module(self) -> ModuleType:
+        """The module of its op."""
+        return importlib.import_module(OPS[self.op])
 
     def measures(self, provider: str, wanted: Sequence[str]) -> bool:
         """Whether a provider takes part: one with some of the `wanted` texts in its name, or else one of the case."""

@@ -9,8 +9,8 @@ of the similarity matrix does twice that. Useful bytes are the table read once, 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -187,24 +187,19 @@ def methods(case: Case, device: torch.device) -> dict[str, Method]:
     return found
 
 
-def providers(case: Case, part: str, table: Tensor, wanted: Sequence[str] = ()) -> Iterator[measure.Provider]:
-    """The providers of a case, made one after the other; `wanted` selects by a part of the name."""
-    k, small = case.sizes[-1], TINY[0]._replace(dtype=case.dtype)
-    expected = expected_neighbors(table, k)
-    for name, method in methods(case, table.device).items():
-        if not case.measures(name, wanted):
-            continue
-        function = measure.attempt(partial(method.prepare, table, k))
-        peak: Callable[[], int | None] | None = partial(measure.resident_peak, partial(_call, name), small, case)
-        if table.is_cuda:
-            peak = None if name == "faiss gpu" else partial(measure.device_peak, function, table.device)
-        checked = partial(check, expected, method.ranking_error, method.value_error)
-        yield measure.Provider(name, function, checked, useful_work(case), method.note, method.products, peak)
+def providers(case: Case, part: str, table: Tensor) -> list[measure.Provider]:
+    """The providers of a case."""
+    k, expected = case.sizes[-1], cache(expected_neighbors)
 
+    def provider(name: str, method: Method) -> measure.Provider:
+        prepare, work, has_peak = partial(method.prepare, table, k), useful_work(case), name != "faiss gpu"
 
-def _call(name: str, case: Case) -> measure.Call:
-    device = torch.device("cpu")
-    return methods(case, device)[name].prepare(build(case, device), case.sizes[-1])
+        def checked(graph: Graph) -> float:
+            return check(expected(table, k), method.ranking_error, method.value_error, graph)
+
+        return measure.Provider(name, prepare, checked, work, method.note, method.products, has_peak)
+
+    return [provider(name, method) for name, method in methods(case, table.device).items()]
 
 
 def _ours(table: Tensor, k: int, dtype: torch.dtype | None = None, rescore: bool = False) -> Callable[[], Graph]:

@@ -28,7 +28,7 @@ import torch
 from .cases import OURS, Case
 from .results import Row
 
-GENERATED = ("bench/results", "tests/floors.json", "docs/benchmarks.md", "docs/benchmarks")
+SOURCES = (":/bench/*.py", ":/kernels", ":/qaconv_triton")
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: a call reads its inputs from memory
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -38,25 +38,26 @@ Call = Callable[[], Any]
 
 
 class Provider(NamedTuple):
-    """One way to compute a case: `function` is timed only if `check` accepts its result.
+    """One way to compute a case: `prepare` does what is not timed and returns what is, if `check` accepts its result.
 
     `check` returns the recall, if there is one, and raises AssertionError for a wrong result.
     """
 
     name: str
-    function: Call
+    prepare: Callable[[], Call]
     check: Callable[[Any], float | None]
     work: tuple[float, float]  # useful FLOPs and bytes
     note: str = ""
     products: torch.dtype | None = None  # dtype of its matrix products, if not that of the case
-    peak: Callable[[], int | None] | None = None  # bytes above the inputs
-    rounds: int | None = None  # the most rounds it takes part in, if it is too slow for all
+    has_peak: bool = True  # whether its peak memory can be measured
+    is_compiled: bool = False  # by torch, for the sizes of its first call
 
 
 @dataclass
 class Timing:
-    """The times of one provider, round by round; none unless `status` is "ok"."""
+    """The times of one provider's function, round by round; none unless `status` is "ok"."""
 
+    function: Call | None = None
     status: str = "ok"
     recall: float | None = None
     seconds: list[float] = field(default_factory=list)
@@ -70,19 +71,6 @@ class Timing:
             kind = "wrong" if isinstance(error, AssertionError) else f"failed: {type(error).__name__}"
             self.status = f"{kind}: {(str(error).strip().splitlines() or [''])[0][:160]}"
             self.seconds.clear()
-
-
-def attempt(prepare: Callable[[], Call]) -> Call:
-    """Return what `prepare` returns; if it raises, a function that raises the same, so that only this row fails."""
-    try:
-        return prepare()
-    except Exception as error:
-        failure = error.with_traceback(None)  # a traceback would keep tensors alive
-
-    def fail() -> None:
-        raise failure
-
-    return fail
 
 
 def stopwatch(device: torch.device) -> Callable[[Call], float]:
@@ -118,15 +106,15 @@ def compare(providers: Sequence[Provider], repeats: int, device: torch.device) -
     for provider in providers:
         timing = timings[provider.name]
         with timing.record_failure():
-            timing.recall = provider.check(provider.function())
+            timing.function = provider.prepare()
+            timing.recall = provider.check(timing.function())
         _free_memory()
     watch = stopwatch(device)
-    for round_number in range(repeats):
-        for provider in providers:
-            timing = timings[provider.name]
-            if timing.status == "ok" and round_number < (provider.rounds or repeats):
+    for _ in range(repeats):
+        for timing in timings.values():
+            if timing.status == "ok":
                 with timing.record_failure():
-                    timing.seconds.append(watch(provider.function))
+                    timing.seconds.append(watch(timing.function))
     return timings
 
 
@@ -135,8 +123,21 @@ def _free_memory() -> None:
     torch.cuda.empty_cache()  # where CUDA is in use
 
 
+def peak_bytes(case: Case, part: str, provider: Provider, function: Call, device: torch.device) -> int | None:
+    """Return the bytes that the call of a provider needs at its peak, output included, above its inputs."""
+    if device.type == "cuda":
+        return device_peak(function, device)
+    tiny = next(tiny for tiny in case.module.TINY if tiny.op == case.op)._replace(dtype=case.dtype)
+    return resident_peak(partial(_prepare, part, provider.name), case if provider.is_compiled else tiny, case)
+
+
+def _prepare(part: str, name: str, case: Case) -> Call:
+    problem = case.module.build(case, torch.device("cpu"))
+    return next(each for each in case.module.providers(case, part, problem) if each.name == name).prepare()
+
+
 def device_peak(function: Call, device: torch.device) -> int:
-    """Return the bytes that a call needs at its peak, output included, by torch's CUDA allocator alone."""
+    """The peak of a call by torch's CUDA allocator alone."""
     _free_memory()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -149,10 +150,10 @@ def device_peak(function: Call, device: torch.device) -> int:
 
 
 def resident_peak(make: Callable[[Any], Call], small: Any, size: Any) -> int | None:
-    """Return the resident bytes that a call needs at its peak, output included, above its inputs; None except on Linux.
+    """The peak of resident memory in a new process, where no freed memory is reused; None except on Linux.
 
-    Measured in a new process, where no freed memory is reused. There `make` (picklable) makes the inputs of a size and
-    returns the call. A call of a small size comes first: it loads libraries and their buffers.
+    There `make` (picklable) makes the inputs of a size and returns the call. A call of a small size comes first: it
+    loads libraries and their buffers.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_resident_peak, make, small, size, torch.get_num_threads()).result()
@@ -214,9 +215,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _commit() -> str:
     """The commit that is checked out, "-dirty" if the sources differ from it."""
     git = partial(subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
-    generated = [f":(exclude,top){path}" for path in GENERATED]
     try:
-        is_changed = git(["git", "status", "--porcelain", "--", ":/", *generated])
+        is_changed = git(["git", "status", "--porcelain", "--", *SOURCES])
         return git(["git", "rev-parse", "--short", "HEAD"]).strip() + ("-dirty" if is_changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -257,6 +257,8 @@ def rows(
             ratios = [own / other for own, other in zip(timing.seconds, in_base, strict=False)]
             flops, moved = provider.work
             tflops, ceiling = 1e-12 * flops / median, matmul_ceiling(device, products)
+            measures_peak = memory and provider.has_peak
+            peak = peak_bytes(case, part, provider, timing.function, device) if measures_peak else None
             row = replace(
                 row,
                 repeats=len(timing.seconds),
@@ -265,7 +267,7 @@ def rows(
                 upper_s=upper,
                 ratio=statistics.median(ratios) if ratios else None,
                 base=base,
-                peak_bytes=provider.peak() if memory and provider.peak else None,
+                peak_bytes=peak,
                 tflops=tflops,
                 matmul_tflops=ceiling,
                 share_of_matmul=tflops / ceiling if has_ceiling else None,

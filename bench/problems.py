@@ -21,7 +21,7 @@ from .cases import Case
 FORWARD_PASSES = {"forward": 1, "backward": 2, "step": 3, "match": 1}  # FLOPs of a part, in those of a forward pass
 GROUPS = 32  # of similar gallery maps
 MAX_EXPECTED_PAIRS = 2**17  # in eval mode; of more, those of a sample of probes
-BLOCK = 2**25  # correlations at a time in fp64
+BLOCK = 2**21  # correlations at a time in fp64, for a CPU's cache
 
 
 class Problem(NamedTuple):
@@ -52,12 +52,10 @@ def build(case: Case, device: torch.device, sparse_grad: bool = False) -> Proble
         if case.op == "classes":
             batch, count, k, channels, height, width, instances = case.sizes
             matcher = QAConv(channels, height, width, count, k, sparse_grad=sparse_grad)
-            assert matcher.class_embed is not None
             gallery = matcher.class_embed
             spread = torch.arange(k) * ((count - 1) // k) + torch.randint((count - 1) // k, (count, k))
             matcher.class_neighbors = (torch.arange(count).unsqueeze(1) + 1 + spread) % count
-            own = torch.randperm(count)[: batch // instances].repeat_interleave(instances)
-            labels: Tensor | None = own
+            labels = own = torch.randperm(count)[: batch // instances].repeat_interleave(instances)
         else:
             batch, count, channels, height, width = case.sizes
             matcher, labels, own, instances = QAConv(channels, height, width), None, torch.arange(batch) % count, 1
@@ -70,7 +68,6 @@ def build(case: Case, device: torch.device, sparse_grad: bool = False) -> Proble
         probe = probe.to(case.dtype, memory_format=torch.contiguous_format).requires_grad_()
         torch.nn.init.uniform_(matcher.fc.weight, 0.5, 1.5)
         for norm, mean in ((matcher.bn, 0.2), (matcher.logit_bn, 0.5)):  # for scores of a usual size in eval mode
-            assert norm.running_mean is not None
             norm.running_mean.fill_(mean)
         if case.dtype == torch.float64:
             matcher.double()
@@ -80,7 +77,7 @@ def build(case: Case, device: torch.device, sparse_grad: bool = False) -> Proble
 
 
 class Expected(NamedTuple):
-    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and in training mode gradients.
+    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and of a backward pass gradients.
 
     Gradients of the probes `[P, S, C]`, of the gallery maps `ids [T]` that are scored, `[T, S, C]`, and of fc's weight.
     """
@@ -93,8 +90,9 @@ class Expected(NamedTuple):
     weight: Tensor | None = None
 
 
-def expected_result(problem: Problem, training: bool, sums: bool = False) -> Expected:
-    """Scores, or with `sums` the sums of pooled values, and their gradients by autograd, a block of pairs at a time."""
+def expected_result(problem: Problem, part: str, sums: bool = False) -> Expected:
+    """Scores, or with `sums` the sums of pooled values, and what gradients a part has, a block of pairs at a time."""
+    training, has_gradients = part != "match", part in ("backward", "step")
     matcher, (count, total) = problem.matcher, problem.upstream.shape
     rows = torch.arange(count, device=problem.probe.device)
     if not training and problem.labels is None:  # without batch statistics scores are independent
@@ -104,23 +102,23 @@ def expected_result(problem: Problem, training: bool, sums: bool = False) -> Exp
     blocks = list(_blocks(problem))
     with torch.no_grad():
         pooled = torch.cat([_pooled(problem, *block)[2].flatten(0, 1) for block in blocks])
-    pooled.requires_grad_(training)
+    pooled.requires_grad_(has_gradients)
     head = [copy.deepcopy(module).double().train(training) for module in (matcher.bn, matcher.fc, matcher.logit_bn)]
     values = pooled.sum(-1) if sums else reference.pair_scores(pooled, *head)
     sizes = [len(probes) * len(ids) for probes, ids in blocks]
     scores = values.new_zeros(len(rows), total)
-    for (probes, ids), part in zip(blocks, values.split(sizes), strict=True):
-        scores[probes.unsqueeze(1), ids] = part.view(len(probes), len(ids))
-    if not training:
+    for (probes, ids), block in zip(blocks, values.split(sizes), strict=True):
+        scores[probes.unsqueeze(1), ids] = block.view(len(probes), len(ids))
+    if not has_gradients:
         return Expected(rows, scores.detach())
     inputs = (pooled, head[1].weight)
     gradient, weight = torch.autograd.grad(scores, inputs, problem.upstream.double(), allow_unused=sums)
     touched = torch.cat([ids for _, ids in blocks]).unique()
     of_probe = pooled.new_zeros(problem.probe.flatten(2).mT.shape)
     of_gallery = pooled.new_zeros(len(touched), *of_probe.shape[1:])
-    for (probes, ids), part in zip(blocks, gradient.split(sizes), strict=True):
+    for (probes, ids), block in zip(blocks, gradient.split(sizes), strict=True):
         left, right, best = _pooled(problem, probes, ids)
-        to_probe, to_gallery = torch.autograd.grad(best, (left, right), part.view_as(best))
+        to_probe, to_gallery = torch.autograd.grad(best, (left, right), block.view_as(best))
         of_probe[probes] += to_probe
         of_gallery[torch.searchsorted(touched, ids)] += to_gallery
     return Expected(rows, scores.detach(), of_probe, touched, of_gallery, weight)
@@ -129,7 +127,6 @@ def expected_result(problem: Problem, training: bool, sums: bool = False) -> Exp
 def _blocks(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
     """Every pair: some probes, and the gallery ids that each of them is scored against."""
     if problem.labels is not None:
-        assert problem.matcher.class_neighbors is not None
         for label in problem.labels.unique():
             yield (problem.labels == label).nonzero().squeeze(1), problem.matcher.class_neighbors[label]
         return
@@ -196,7 +193,6 @@ def useful_work(problem: Problem, part: str) -> tuple[float, float]:
     count, channels, height, width = problem.probe.shape
     locations, touched, scored = height * width, len(problem.gallery), len(problem.gallery)
     if problem.labels is not None:
-        assert problem.matcher.class_neighbors is not None
         ids = problem.matcher.class_neighbors[problem.labels]
         touched, scored = len(ids.unique()), ids.shape[1]
     maps = (count + touched) * locations * channels * problem.probe.element_size()

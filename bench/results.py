@@ -124,7 +124,7 @@ def columns(measured: Sequence[Row]) -> dict[str, list[str]]:
         "quartiles": [f"{time(row.lower_s)} to {time(row.upper_s)}" if row.median_s else "" for row in measured],
         "rounds": [_shown(row.repeats, "{:.0f}") for row in measured],
         f"time / {base}": [_shown(row.ratio, "{:.2f}") for row in measured],
-        "peak MB": [megabytes(row.peak_bytes) for row in measured],
+        "peak MB": [_shown(row.peak_bytes and row.peak_bytes / 1e6, "{:,.1f}") for row in measured],
         "useful TFLOP/s": [_shown(row.tflops, "{:.3g}") for row in measured],
         "of torch.mm": [_shown(row.share_of_matmul, "{:.0%}") for row in measured],
         "of copy": [_shown(row.share_of_copy, "{:.0%}") for row in measured],
@@ -143,11 +143,6 @@ def grid(shown: dict[str, list[str]]) -> str:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def megabytes(size: float | None) -> str:
-    """A number of bytes in millions; empty for None."""
-    return _shown(None if size is None else size / 1e6, "{:,.1f}")
 
 
 def rate(value: float) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,6 @@ class Method(NamedTuple):
     sparse_grad: bool = False
     sums: bool = False  # it returns sums of pooled values, not scores
     compiled: bool = False
-    rounds: int | None = None
     note: str = ""
 
 
@@ -79,7 +78,7 @@ def methods(op: str, part: str, device: torch.device) -> dict[str, Method]:
         if part == "step":
             found[SPARSE] = Method(_class_path, sparse_grad=True)
         if part != "backward":
-            found[EVERY] = Method(_class_path, every_class=True, rounds=3)
+            found[EVERY] = Method(_class_path, every_class=True)
         return found
     if part == "match":
         found = {
@@ -147,39 +146,25 @@ def prepare(method: Method, problem: Problem, part: str) -> measure.Call:
     return partial(torch.autograd.grad, score(), inputs, problem.upstream, retain_graph=True)
 
 
-def providers(case: Case, part: str, problem: Problem, wanted: Sequence[str] = ()) -> Iterator[measure.Provider]:
-    """The providers of a part of a case, made one after the other; `wanted` selects by a part of the name."""
+def providers(case: Case, part: str, problem: Problem) -> list[measure.Provider]:
+    """The providers of a part of a case."""
     device, expected = problem.probe.device, cache(problems.expected_result)
-    for name, method in methods(case.op, part, device).items():
-        if not case.measures(name, wanted):
-            continue
+
+    def provider(name: str, method: Method) -> measure.Provider:
         scored = problem._replace(labels=None) if method.every_class else problem
-        own = build(case, device, sparse_grad=True) if method.sparse_grad else scored
-        function = measure.attempt(partial(prepare, method, own, part))
-        peak: Callable[[], int | None] | None = partial(measure.device_peak, function, device)
-        if device.type != "cuda":  # the process of a backward would hold the graph, too
-            small = case if method.compiled else next(tiny for tiny in TINY if tiny.op == case.op)
-            small = small._replace(dtype=case.dtype)
-            peak = (
-                None if part == "backward" else partial(measure.resident_peak, partial(_call, part, name), small, case)
-            )
         work, note = problems.useful_work(scored, part), method.note
         if method.every_class:
             note = f"{work[0] / problems.useful_work(problem, part)[0]:.1f}x the pairs, all counted"
-        checked = partial(
-            _check, part, problems.tolerance(case.dtype), partial(expected, scored, part != "match", method.sums)
-        )
-        yield measure.Provider(name, function, checked, work, note, peak=peak, rounds=method.rounds)
 
+        def prepared() -> measure.Call:
+            own = build(case, device, sparse_grad=True) if method.sparse_grad else scored
+            return prepare(method, own, part)
 
-def _check(part: str, limit: problems.Tolerance, expected: Callable[[], problems.Expected], result: Any) -> None:
-    check = problems.check_gradients if part in ("backward", "step") else problems.check_scores
-    check(expected(), limit, result)
+        def check(result: Tensor | tuple[Tensor, ...]) -> None:
+            check = problems.check_gradients if part in ("backward", "step") else problems.check_scores
+            check(expected(scored, part, method.sums), problems.tolerance(case.dtype), result)
 
+        has_peak = device.type == "cuda" or part != "backward"  # on a CPU its process would hold the graph, too
+        return measure.Provider(name, prepared, check, work, note, has_peak=has_peak, is_compiled=method.compiled)
 
-def _call(part: str, name: str, case: Case) -> measure.Call:
-    """The call of a provider, for the process in which memory is measured."""
-    device = torch.device("cpu")
-    method = methods(case.op, part, device)[name]
-    problem = build(case, device, method.sparse_grad)
-    return prepare(method, problem._replace(labels=None) if method.every_class else problem, part)
+    return [provider(name, method) for name, method in methods(case.op, part, device).items()]

@@ -58,21 +58,21 @@ def checks(device: torch.device) -> list[Check]:
     ]
 
 
-def prepare(check: Check, device: torch.device) -> tuple[measure.Provider, measure.Provider]:
-    """The library's provider and the baseline's.
+def prepare(check: Check, device: torch.device) -> tuple[measure.Provider, measure.Call, measure.Call]:
+    """The library's provider, its function and the baseline's.
 
     Raises:
         AssertionError: a result is wrong.
     """
-    case = check.case._replace(only=(OURS, check.baseline))
-    op = graph if case.op == "graph" else scores
-    ours, baseline = op.providers(case, check.part, op.build(case, device))
-    for provider in (ours, baseline):
+    op, functions = check.case.module, []
+    providers = {each.name: each for each in op.providers(check.case, check.part, op.build(check.case, device))}
+    for name in (OURS, check.baseline):
+        functions.append(providers[name].prepare())
         try:
-            provider.check(provider.function())
+            providers[name].check(functions[-1]())
         except AssertionError as error:
-            raise AssertionError(f"{check.name}, {provider.name}: {error}; a wrong result has no time") from error
-    return ours, baseline
+            raise AssertionError(f"{check.name}, {name}: {error}; a wrong result has no time") from error
+    return providers[OURS], *functions
 
 
 class Clock:
@@ -102,11 +102,11 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     Raises:
         AssertionError: a result is wrong.
     """
-    ours, baseline = prepare(check, device)
+    ours, function, baseline = prepare(check, device)
     times: list[float] = []
     benchmark.pedantic(
-        partial(clock.time, device, ours.function),
-        setup=lambda: times.append(_watch(device)(baseline.function)),
+        partial(clock.time, device, function),
+        setup=lambda: times.append(_watch(device)(baseline)),
         rounds=check.case.repeats,
         warmup_rounds=WARM_UP_ROUNDS,
     )
@@ -115,12 +115,13 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     own = benchmark.stats.stats.data
     others = times[WARM_UP_ROUNDS : WARM_UP_ROUNDS + len(own)]
     around = measure.environment(device)
+    peak = measure.peak_bytes(check.case, check.part, ours, function, device) if ours.has_peak else None
     benchmark.extra_info |= {
         "check": check.name,
         "baseline": check.baseline,
         "baseline_median_s": statistics.median(others),
         "ratio": statistics.median(other / time for other, time in zip(others, own, strict=True)),
-        "peak_bytes": None if ours.peak is None else ours.peak(),
+        "peak_bytes": peak,
         "tflops": 1e-12 * ours.work[0] / statistics.median(own),
         "matmul_tflops": measure.matmul_ceiling(device, ours.products or check.case.dtype),
         **{name: around[name] for name in ("commit", "torch", "triton", "device", "threads")},

@@ -35,15 +35,16 @@ def _small_ceilings() -> Iterator[None]:
     measure.copy_ceiling.cache_clear()
 
 
-provider = partial(Provider, work=(1e6, 2e6))
-
-
 def accept(result: object) -> float:
     return 1.0
 
 
 def expect_two(result: object) -> None:
     assert result == 2, f"{result} is not 2"
+
+
+def provider(name: str, function: measure.Call, check: Callable[[object], float | None], note: str = "") -> Provider:
+    return Provider(name, lambda: function, check, (1e6, 2e6), note)
 
 
 def measured(*providers: Provider, repeats: int = 3) -> list[results.Row]:
@@ -88,7 +89,7 @@ def test_a_wrong_result_or_an_error_has_no_time() -> None:
         provider("right", lambda: 2, expect_two),
         provider("fails later", partial(fail, 2), accept),
         provider("fails", partial(fail, 0), accept, note="a note"),
-        provider("unprepared", measure.attempt(prepare), accept),
+        Provider("unprepared", prepare, accept, (1e6, 2e6)),
     )
     assert [row.status for row in rows] == [
         "wrong: 3 is not 2",
@@ -104,17 +105,13 @@ def test_a_wrong_result_or_an_error_has_no_time() -> None:
     assert "| fails |  |  |  |  |  |  |  | failed: MemoryError: no room; a note |" in results.markdown(rows)
 
 
-def test_a_provider_may_have_fewer_rounds_and_other_work() -> None:
-    sleep = partial(time.sleep, 0.001)
-    every, fewer = measured(
-        provider("every", sleep, accept), provider("fewer", sleep, accept, rounds=2, work=(5e6, 7e6))
-    )
-    assert (every.repeats, fewer.repeats) == (3, 2)
-    for row, flops, moved in ((every, 1e6, 2e6), (fewer, 5e6, 7e6)):
-        assert row.tflops == pytest.approx(flops / row.median_s / 1e12)
-        assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
-        assert row.share_of_copy == pytest.approx(moved / row.median_s / 1e9 / row.copy_gbs)
-        assert "op 9x9 match float32" in results.markdown([row])
+def test_work_and_its_shares_of_the_ceilings() -> None:
+    (row,) = measured(provider("sleep", partial(time.sleep, 0.001), accept))
+    assert row.repeats == 3
+    assert row.tflops == pytest.approx(1e6 / row.median_s / 1e12)
+    assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
+    assert row.share_of_copy == pytest.approx(2e6 / row.median_s / 1e9 / row.copy_gbs)
+    assert "op 9x9 match float32" in results.markdown([row])
 
 
 def _fill(megabytes: int) -> Tensor:
@@ -233,27 +230,27 @@ def test_the_expected_result_is_that_of_the_baselines(classes: problems.Problem,
         (pairs, baselines.all_pairs),
         (pairs, baselines.all_pairs_tuned),
     ):
-        expected, values = problems.expected_result(problem, training=True), score(problem)
+        expected, values = problems.expected_result(problem, "step"), score(problem)
         problems.check_scores(expected, EXACT, values)
         problems.check_gradients(expected, EXACT, gradients_of(problem, values))
     pairs.matcher.eval()
     values = baselines.match(baselines.all_pairs, pairs)
-    problems.check_scores(problems.expected_result(pairs, training=False), EXACT, values)
+    problems.check_scores(problems.expected_result(pairs, "match"), EXACT, values)
 
 
 def test_blocks_and_a_sample_of_probes_give_the_same(pairs: problems.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, in_eval = (problems.expected_result(pairs, training) for training in (True, False))
+    whole, in_eval = (problems.expected_result(pairs, part) for part in ("step", "match"))
     monkeypatch.setattr(problems, "BLOCK", 3 * 5 * 6**2)  # three gallery maps at a time
     monkeypatch.setattr(problems, "MAX_EXPECTED_PAIRS", 14)
-    for part, expected in zip(problems.expected_result(pairs, training=True), whole, strict=True):
+    for part, expected in zip(problems.expected_result(pairs, "step"), whole, strict=True):
         assert torch.allclose(part, expected, atol=1e-12)
-    sample = problems.expected_result(pairs, training=False)
+    sample = problems.expected_result(pairs, "match")
     assert sample.rows.tolist() == [0, 4]
     assert torch.allclose(sample.scores, in_eval.scores[[0, 4]], atol=1e-12)
 
 
 def test_wrong_scores_and_gradients_are_rejected(classes: problems.Problem) -> None:
-    expected, limit = problems.expected_result(classes, training=True), problems.tolerance(torch.float32)
+    expected, limit = problems.expected_result(classes, "step"), problems.tolerance(torch.float32)
     values = baselines.vectorised(classes)
     gradients = gradients_of(classes, values)
     column = int((expected.scores[0] == 0).nonzero()[0])
@@ -287,7 +284,7 @@ def test_maxsim_both_ways_is_the_sum_of_pooled_values(pairs: problems.Problem) -
         return torch.einsum("qsc,drc->qdsr", queries, documents).amax(3).sum(2)
 
     method = scores.Method(partial(scores.maxsim_both_ways, maxsim), sums=True)
-    expected = problems.expected_result(pairs, training=True, sums=True)
+    expected = problems.expected_result(pairs, "step", sums=True)
     problems.check_scores(expected, EXACT, scores.prepare(method, pairs, "forward")())
     for part in ("backward", "step"):
         problems.check_gradients(expected, EXACT, scores.prepare(method, pairs, part)())

@@ -99,7 +99,7 @@ def test_scores_and_gradients(
         pytest.skip("a gallery's gradient is dense")
     problem = problems.build(Case(op, sizes, dtype=dtype), torch.device("cpu"), sparse_grad)
     limit = problems.tolerance(autocast_dtype or dtype)
-    in_eval, in_training = (problems.expected_result(problem, training) for training in (False, True))
+    in_eval, in_training = (problems.expected_result(problem, part) for part in ("match", "step"))
     problem = _moved(problem, device)
     matcher = problem.matcher
     score = partial(matcher, problem.probe, problem.gallery)
@@ -110,7 +110,7 @@ def test_scores_and_gradients(
     with torch.no_grad(), autocast():
         problems.check_scores(in_eval, limit, score().cpu())
         matched = matcher.match(problem.probe, problem.gallery)
-        every_pair = problems.expected_result(problem._replace(labels=None), training=False)
+        every_pair = problems.expected_result(problem._replace(labels=None), "match")
     problems.check_scores(every_pair, limit, matched)
     matcher.train()
     with autocast():

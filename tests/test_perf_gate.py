@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -148,13 +149,12 @@ def test_times_are_taken_in_turn_by_the_stopwatch_alone(monkeypatch: pytest.Monk
                 setup()
                 target()
 
-    def provider(name: str) -> Any:
-        return SimpleNamespace(function=lambda: calls.append(name), peak=lambda: 7, products=None, work=(1.0, 1.0))
-
+    ours = SimpleNamespace(has_peak=False, products=None, work=(1.0, 1.0))
+    functions = (partial(calls.append, name) for name in ("ours", "baseline"))
     clock = perf_gate.Clock()
     monkeypatch.setattr(perf_gate, "clock", clock)
     monkeypatch.setattr(perf_gate, "_watch", lambda device: lambda function: (function(), 3.0)[1])
-    monkeypatch.setattr(perf_gate, "prepare", lambda check, device: (provider("ours"), provider("baseline")))
+    monkeypatch.setattr(perf_gate, "prepare", lambda check, device: (ours, *functions))
     fixture, case = Fixture(), Case("pairs", (5, 7, 16, 3, 2), repeats=2)
     perf_gate.run(perf_gate.Check("inference", case, "match", scores.TUNED), fixture, CPU)
     assert calls == ["baseline", "ours"] * (2 + perf_gate.WARM_UP_ROUNDS)
