@@ -19,7 +19,7 @@ import torch
 
 from . import cases, measure, results
 
-COMMANDS = {"static": "bench.static", "report": "bench.report"}  # with main(arguments)
+COMMANDS = {"static": "tests.static.report", "report": "bench.report"}  # with main(arguments)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

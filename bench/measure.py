@@ -249,12 +249,12 @@ def rows(
     measured = []
     for provider in providers:
         timing, products = timings[provider.name], provider.products or case.dtype
-        row = Row(case.op, case.name, provider.name, _name(case.dtype), timing.status, **common)
-        row = replace(row, recall=timing.recall, products=_name(products), note=provider.note)
+        own = {"recall": timing.recall, "products": _name(products), "note": provider.note}
+        row = Row(case.op, case.name, provider.name, _name(case.dtype), timing.status, **own, **common)
         if timing.seconds:
             lower, median, upper = numpy.quantile(timing.seconds, (0.25, 0.5, 0.75)).tolist()
             in_base = timings[base].seconds if base in timings else []
-            ratios = [own / other for own, other in zip(timing.seconds, in_base, strict=False)]
+            ratios = [time / other for time, other in zip(timing.seconds, in_base, strict=False)]
             flops, moved = provider.work
             tflops, ceiling = 1e-12 * flops / median, matmul_ceiling(device, products)
             measures_peak = memory and provider.has_peak

@@ -94,8 +94,9 @@ def methods(op: str, part: str, device: torch.device) -> dict[str, Method]:
             f"{TUNED}, compiled": Method(baselines.all_pairs_tuned, compiled=True),
         }
     note = "MaxSim both ways: sums of pooled values, without batch norms and fc"
-    for package, score in (("flash_maxsim", _flash_maxsim), ("late_interaction_kernels", _late_interaction)):
+    for package, maxsim in (("flash_maxsim", _flash_maxsim), ("late_interaction_kernels", _late_interaction)):
         if device.type == "cuda" and importlib.util.find_spec(package):
+            score = partial(maxsim_both_ways, maxsim)
             found[package.replace("_", "-")] = Method(score, sums=True, note=note)
     return found
 
@@ -104,16 +105,16 @@ def _class_path(problem: Problem) -> Tensor:
     return problem.matcher(problem.probe, labels=problem.labels)
 
 
-def _flash_maxsim(problem: Problem) -> Tensor:
+def _flash_maxsim(queries: Tensor, documents: Tensor) -> Tensor:
     from flash_maxsim import flash_maxsim_batched_train
 
-    return maxsim_both_ways(partial(flash_maxsim_batched_train, shared_docs=True), problem)
+    return flash_maxsim_batched_train(queries, documents, shared_docs=True)
 
 
-def _late_interaction(problem: Problem) -> Tensor:
+def _late_interaction(queries: Tensor, documents: Tensor) -> Tensor:
     from late_interaction_kernels import maxsim
 
-    return maxsim_both_ways(maxsim, problem)
+    return maxsim(queries, documents)
 
 
 def maxsim_both_ways(maxsim: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
@@ -161,8 +162,8 @@ def providers(case: Case, part: str, problem: Problem) -> list[measure.Provider]
             return prepare(method, own, part)
 
         def check(result: Tensor | tuple[Tensor, ...]) -> None:
-            check = problems.check_gradients if part in ("backward", "step") else problems.check_scores
-            check(expected(scored, part, method.sums), problems.tolerance(case.dtype), result)
+            compare = problems.check_gradients if part in ("backward", "step") else problems.check_scores
+            compare(expected(scored, part, method.sums), problems.tolerance(case.dtype), result)
 
         has_peak = device.type == "cuda" or part != "backward"  # on a CPU its process would hold the graph, too
         return measure.Provider(name, prepared, check, work, note, has_peak=has_peak, is_compiled=method.compiled)
