@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import results
+from . import cases, measure, results
 
-OPS = {"graph": "bench.graph", "classes": "bench.scores", "pairs": "bench.scores"}  # with run(arguments)
-COMMANDS = {"static": "bench.static", "report": "bench.report"}  # with main(arguments)
-PARTS = ("forward", "backward", "step", "match")
+COMMANDS = {"static": "tests.static.report", "report": "bench.report"}  # with main(arguments)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -29,9 +28,11 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("op", nargs="?", choices=[*OPS, *COMMANDS], help="default: graph, classes and pairs")
+    options.add_argument("op", nargs="?", choices=[*cases.OPS, *COMMANDS], help="default: graph, classes and pairs")
     options.add_argument("--cases", nargs="+", metavar="SIZE", help="sizes joined by x, as in the results")
-    options.add_argument("--parts", nargs="+", choices=PARTS, help="of classes and pairs (default: all of a case)")
+    options.add_argument(
+        "--parts", nargs="+", choices=cases.PARTS["pairs"], help="of classes and pairs (default: all of a case)"
+    )
     options.add_argument("--providers", nargs="+", metavar="NAME", help="those with one of these in their names")
     options.add_argument("--repeats", type=int, help="rounds (default: each case has its own)")
     options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +43,20 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--no-save", dest="save", action="store_false", help="write no CSV")
     options.add_argument("--output", type=Path, default=results.RESULTS, help="directory of the CSV files")
     return options
+
+
+def run(options: argparse.Namespace) -> Iterator[list[results.Row]]:
+    """Measure the cases of an op, one list of rows for each part of a case."""
+    op, device = importlib.import_module(cases.OPS[options.op]), torch.device(options.device)
+    listed = op.TINY if options.tiny else op.CUDA_CASES if device.type == "cuda" else op.CPU_CASES
+    for case in cases.select(listed, options):
+        torch.compiler.reset()  # what was compiled for other sizes
+        problem = op.build(case, device)
+        for part in case.parts:
+            every = op.providers(case, part, problem)
+            providers = [provider for provider in every if case.measures(provider.name, options.providers or ())]
+            if providers:
+                yield measure.rows(case, part, providers, device, options.repeats, options.memory)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,9 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.cases and not options.op:
         parser().error("--cases needs an op: graph, classes or pairs")
-    for op in [options.op] if options.op else OPS:
+    for op in [options.op] if options.op else cases.OPS:
         options.op = op
-        for rows in importlib.import_module(OPS[op]).run(options):
+        for rows in run(options):
             print(results.markdown(rows), end="\n\n", flush=True)
             if options.save:
                 results.save(rows, options.output)

@@ -1,6 +1,6 @@
 """What one would write without this library: the baselines of `bench.scores`, in plain PyTorch.
 
-Each takes the parameters of a `QAConv`, so that inputs, results and gradients can be compared one by one.
+Each takes a problem with the parameters of its `QAConv`, so that results and gradients can be compared one by one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qaconv_triton import QAConv
+
+from .problems import Problem
 
 SIDE = 64  # probes and gallery maps that `match` scores at a time
 
@@ -29,7 +31,7 @@ def _score(matcher: QAConv, pooled: Tensor) -> Tensor:
     return scores.view(pooled.shape[:-1])
 
 
-def per_label(matcher: QAConv, features: Tensor, labels: Tensor | None) -> Tensor:
+def per_label(problem: Problem) -> Tensor:
     """The class path as users wrote it: normalise the whole table, then correlate label by label.
 
     Unlike theirs, batch norm takes its statistics over the whole batch.
@@ -37,65 +39,63 @@ def per_label(matcher: QAConv, features: Tensor, labels: Tensor | None) -> Tenso
     Returns:
         Dense scores `[B, N]`, zero but for the neighbours of each label.
     """
-    assert labels is not None
-    assert matcher.class_embed is not None
-    assert matcher.class_neighbors is not None
-    table, probe = normalize(matcher.class_embed, dim=1).flatten(2), normalize(features, dim=1).flatten(2)
+    labels, neighbors = problem.labels, problem.matcher.class_neighbors
+    table, probe = (normalize(maps, dim=1).flatten(2) for maps in (problem.gallery, problem.probe))
     rows, pooled = [], []
     for label in labels.unique():
         members = (labels == label).nonzero().squeeze(1)
-        maps = table[matcher.class_neighbors[label]]
+        maps = table[neighbors[label]]
         rows.append(members)
         pooled.append(_maxima(torch.einsum("pcs,gcr->pgrs", probe[members], maps)))
-    values = _score(matcher, torch.cat(pooled))
+    values = _score(problem.matcher, torch.cat(pooled))
     order = torch.cat(rows)
     scores = values.new_zeros(len(labels), len(table))
-    scores[order.unsqueeze(1), matcher.class_neighbors[labels[order]]] = values
+    scores[order.unsqueeze(1), neighbors[labels[order]]] = values
     return scores
 
 
-def vectorised(matcher: QAConv, features: Tensor, labels: Tensor | None, instances: int, wide: bool = False) -> Tensor:
-    """The class path without a loop, tuned: raw maps are gathered once for the `instances` of a label that stand side
+def vectorised(problem: Problem) -> Tensor:
+    """The class path without a loop, tuned: raw maps are gathered once for the instances of a label that stand side
     by side, and scaled after one batched product.
 
-    `amax` is faster than `max`; it splits a gradient between equal maxima. `wide` scales correlations in fp32, which is
-    required under torch.compile: fusion skips the bf16 rounding before the backward's comparison with the maxima.
+    `amax` is faster than `max`; it splits a gradient between equal maxima. Under torch.compile correlations are scaled
+    in fp32: fusion skips the bf16 rounding before the backward's comparison with the maxima.
     """
-    assert labels is not None
-    assert matcher.class_embed is not None
-    assert matcher.class_neighbors is not None
-    batch, channels = features.shape[:2]
-    ids = matcher.class_neighbors[labels[::instances]]  # [L, K]
-    probe = normalize(features, dim=1).flatten(2).mT.reshape(len(ids), -1, channels)  # [L, m*S, C]
-    maps = matcher.class_embed.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [L, K, S, C], contiguous
+    instances, (batch, channels) = problem.instances, problem.probe.shape[:2]
+    ids = problem.matcher.class_neighbors[problem.labels[::instances]]  # [L, K]
+    probe = normalize(problem.probe, dim=1).flatten(2).mT.reshape(len(ids), -1, channels)  # [L, m*S, C]
+    maps = problem.gallery.permute(0, 2, 3, 1).flatten(1, 2)[ids]  # [L, K, S, C], contiguous
     locations = maps.shape[2]
     corr = torch.bmm(maps.view(len(ids), -1, channels), probe.mT).view(*maps.shape[:3], instances, locations)
-    if wide and corr.dtype.itemsize == 2:
+    if torch.compiler.is_compiling() and corr.dtype.itemsize == 2:
         corr = corr.float()
     corr = corr / torch.linalg.vector_norm(maps, dim=-1).clamp_min(1e-12)[..., None, None]  # [L, K, r, m, s]
     pooled = torch.cat([corr.amax(2).transpose(1, 2), corr.amax(4).permute(0, 3, 1, 2)], dim=-1)
-    values = _score(matcher, pooled.reshape(batch, ids.shape[1], -1))
-    return values.new_zeros(batch, len(matcher.class_embed)).scatter(1, ids.repeat_interleave(instances, 0), values)
+    values = _score(problem.matcher, pooled.reshape(batch, ids.shape[1], -1))
+    return values.new_zeros(batch, len(problem.gallery)).scatter(1, ids.repeat_interleave(instances, 0), values)
 
 
-def all_pairs(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+def all_pairs(problem: Problem) -> Tensor:
     """All pairs as published: every correlation at once, `[P, G, S, S]`."""
-    probe, gallery = (normalize(maps, dim=1).flatten(2) for maps in (probe, gallery))
-    return _score(matcher, _maxima(torch.einsum("pcs,gcr->pgrs", probe, gallery)))
+    probe, gallery = (normalize(maps, dim=1).flatten(2) for maps in (problem.probe, problem.gallery))
+    return _score(problem.matcher, _maxima(torch.einsum("pcs,gcr->pgrs", probe, gallery)))
 
 
-def all_pairs_tuned(matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+def all_pairs_tuned(problem: Problem) -> Tensor:
     """All pairs by one matrix product of the locations, maxima by `amax`."""
-    left, right = (normalize(maps, dim=1).permute(0, 2, 3, 1).reshape(-1, maps.shape[1]) for maps in (probe, gallery))
-    locations = matcher.height * matcher.width
-    corr = (left @ right.mT).view(len(probe), locations, len(gallery), locations)  # [P, s, G, r]
+    (count, channels, height, width), total = problem.probe.shape, len(problem.gallery)
+    left, right = (
+        normalize(maps, dim=1).permute(0, 2, 3, 1).reshape(-1, channels) for maps in (problem.probe, problem.gallery)
+    )
+    corr = (left @ right.mT).view(count, height * width, total, height * width)  # [P, s, G, r]
     pooled = torch.cat([corr.amax(3).transpose(1, 2), corr.amax(1)], dim=-1)
-    return _score(matcher, pooled)
+    return _score(problem.matcher, pooled)
 
 
 @torch.no_grad()
-def match(score: Callable[[QAConv, Tensor, Tensor], Tensor], matcher: QAConv, probe: Tensor, gallery: Tensor) -> Tensor:
+def match(score: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
     """All pairs in eval mode, a block at a time, as published evaluation code does."""
-    assert not matcher.training
-    blocks = [[score(matcher, part, maps) for maps in gallery.split(SIDE)] for part in probe.split(SIDE)]
+    assert not problem.matcher.training
+    probes, galleries = problem.probe.split(SIDE), problem.gallery.split(SIDE)
+    blocks = [[score(problem._replace(probe=part, gallery=maps)) for maps in galleries] for part in probes]
     return torch.cat([torch.cat(row, dim=1) for row in blocks])

@@ -9,9 +9,8 @@ of the similarity matrix does twice that. Useful bytes are the table read once, 
 from __future__ import annotations
 
 import importlib.util
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,8 @@ from qaconv_triton import functional
 from qaconv_triton.kernels import config
 
 from . import measure
-from .results import Row
+from .cases import OURS, Case
 
-OURS = "qaconv_triton"
 SAMPLE = 256  # rows whose neighbours are checked
 STRIP_ROWS = 1024  # of similarities at a time on the CPU
 STRIP_BYTES = 2**30  # of similarities at a time on CUDA
@@ -35,57 +33,40 @@ TF32_ERROR = 2.0**-9  # of a cosine of unit vectors that are rounded to tf32
 Graph = tuple[Tensor | None, Tensor]  # similarities [N, K], if a provider returns them, and ids [N, K]
 
 
-class Case(NamedTuple):
-    """A size to measure; `only` names the providers, if not all of them."""
-
-    classes: int
-    dim: int
-    k: int
-    dtype: torch.dtype = torch.float32
-    repeats: int = 5
-    only: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its sizes on the command line and in the results."""
-        return f"{self.classes}x{self.dim}x{self.k}"
-
-
-TINY = Case(600, 64, 9, repeats=3)
-_SWEEP = partial(Case, repeats=3, only=(OURS, "faiss flat", "blocked mm + topk"))
+_Graph = partial(Case, "graph")
+_Sweep = partial(_Graph, repeats=3, only=(OURS, "faiss flat", "blocked mm + topk"))
+TINY = [_Graph((600, 64, 9), repeats=3)]
 CPU_CASES = [
-    Case(4096, 25088, 32),
-    Case(8000, 4096, 128),
-    Case(20000, 512, 256),
-    Case(60000, 512, 64, repeats=3, only=(OURS, "faiss flat")),
-    *(_SWEEP(classes, 512, 64) for classes in (2500, 5000, 10000, 20000, 40000)),
-    *(_SWEEP(10000, 512, k) for k in (16, 256)),
+    *(_Graph(sizes) for sizes in ((4096, 25088, 32), (8000, 4096, 128), (20000, 512, 256))),
+    _Graph((60000, 512, 64), repeats=3, only=(OURS, "faiss flat")),
+    *(_Sweep((classes, 512, 64)) for classes in (2500, 5000, 10000, 20000, 40000)),
+    *(_Sweep((10000, 512, k)) for k in (16, 256)),
 ]
 CUDA_SIZES = ((10572, 25088, 256), (85742, 25088, 256), (85742, 512, 256), (20000, 512, 256))
 CUDA_CASES = [
-    *(Case(*size, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) for size in CUDA_SIZES[::-1]),
-    *(Case(classes, 512, 256, dtype=torch.bfloat16, repeats=3) for classes in (10572, 42871)),
+    *(_Graph(sizes, dtype=dtype) for dtype in (torch.bfloat16, torch.float32) for sizes in CUDA_SIZES[::-1]),
+    *(_Graph((classes, 512, 256), dtype=torch.bfloat16, repeats=3) for classes in (10572, 42871)),
 ]
 
 
-def synthetic_table(case: Case, device: torch.device) -> Tensor:
+def build(case: Case, device: torch.device) -> Tensor:
     """A class table `[N, D]` like a trained one, the same for the same case and device.
 
     Groups of similar classes in random order, in a subspace of 128 dimensions plus noise, with norms that differ by a
     factor of a few.
     """
-    generator = torch.Generator(device).manual_seed(case.classes + case.dim)
+    classes, dim, _ = case.sizes
+    generator = torch.Generator(device).manual_seed(classes + dim)
     draw = partial(torch.randn, generator=generator, device=device)
-    groups = max(case.classes // GROUP_CLASSES, 2)
-    member = torch.randint(groups, (case.classes,), generator=generator, device=device)
-    latent = draw(groups, LATENT_DIM)[member] + 0.7 * draw(case.classes, LATENT_DIM)
-    basis = draw(LATENT_DIM, case.dim) / LATENT_DIM**0.5
-    norms = (0.4 * draw(case.classes, 1)).exp()
-    table = torch.empty(case.classes, case.dim, dtype=case.dtype, device=device)
-    for part in torch.arange(case.classes).split(4096):
-        rows = slice(int(part[0]), int(part[-1]) + 1)
-        clean = latent[rows] @ basis
-        table[rows] = norms[rows] * (clean + 0.2 * draw(clean.shape))
+    groups = max(classes // GROUP_CLASSES, 2)
+    member = torch.randint(groups, (classes,), generator=generator, device=device)
+    latent = draw(groups, LATENT_DIM)[member] + 0.7 * draw(classes, LATENT_DIM)
+    basis = draw(LATENT_DIM, dim) / LATENT_DIM**0.5
+    norms = (0.4 * draw(classes, 1)).exp()
+    table = torch.empty(classes, dim, dtype=case.dtype, device=device)
+    for rows, of_latent, of_norms in zip(table.split(4096), latent.split(4096), norms.split(4096), strict=True):
+        clean = of_latent @ basis
+        rows.copy_(of_norms * (clean + 0.2 * draw(clean.shape)))
     return table
 
 
@@ -109,23 +90,22 @@ class Expected(NamedTuple):
     ids: Tensor
 
 
-def expected_neighbors(case: Case, table: Tensor) -> Expected:
+def expected_neighbors(table: Tensor, k: int) -> Expected:
     """The neighbours of a sample of classes in fp64, a block of classes at a time."""
-    rows = torch.randperm(case.classes, generator=torch.Generator().manual_seed(1))[:SAMPLE].sort().values
+    rows = torch.randperm(len(table), generator=torch.Generator().manual_seed(1))[:SAMPLE].sort().values
     rows = rows.to(table.device)
     sample = normalize(table[rows].double())
-    blocks = table.split(max(1, 2**24 // case.dim))
+    blocks = table.split(max(1, 2**24 // table.shape[1]))
     similarities = torch.cat([sample @ normalize(block.double()).mT for block in blocks], dim=1)
-    similarities[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
-    return Expected(rows, similarities, *similarities.topk(case.k))
+    similarities.scatter_(1, rows.unsqueeze(1), -torch.inf)
+    return Expected(rows, similarities, *similarities.topk(k))
 
 
-def check(case: Case, expected: Expected, ranking_error: float, value_error: float, graph: Graph) -> float:
-    """Compare a graph with the expected neighbours and return the recall.
+def check(expected: Expected, ranking_error: float, value_error: float, graph: Graph) -> float:
+    """Compare a graph with the expected neighbours of a sample of its rows and return the recall.
 
     Args:
-        case: of the graph.
-        expected: the neighbours of a sample of its rows.
+        expected: the neighbours.
         ranking_error: of the similarities by which neighbours were selected: the r-th of a list must be as similar as
             the expected r-th to within twice that.
         value_error: of the returned similarities.
@@ -135,10 +115,11 @@ def check(case: Case, expected: Expected, ranking_error: float, value_error: flo
         AssertionError: the graph is wrong.
     """
     similarities, ids = graph
-    assert ids.shape == (case.classes, case.k), f"ids {list(ids.shape)} instead of {[case.classes, case.k]}"
+    shape = [expected.similarities.shape[1], expected.ids.shape[1]]
+    assert list(ids.shape) == shape, f"ids {list(ids.shape)} instead of {shape}"
     assert ids.min() >= 0, f"id {ids.min()} is negative"
-    assert ids.max() < case.classes, f"id {ids.max()} of {case.classes} classes"
-    assert (ids != torch.arange(case.classes, device=ids.device).unsqueeze(1)).all(), "a class is its own neighbour"
+    assert ids.max() < len(ids), f"id {ids.max()} of {len(ids)} classes"
+    assert (ids != torch.arange(len(ids), device=ids.device).unsqueeze(1)).all(), "a class is its own neighbour"
     assert (ids.sort(dim=1).values.diff(dim=1) != 0).all(), "a neighbour is listed twice"
     selected = ids[expected.rows]
     is_selected = torch.zeros_like(expected.similarities, dtype=torch.bool).scatter_(1, selected, True)
@@ -164,9 +145,9 @@ def rounding_error(dtype: torch.dtype, dim: int) -> float:
 
 
 class Method(NamedTuple):
-    """How a provider is made: `prepare(case, table)` does what is not timed and returns what is."""
+    """How a provider is made: `prepare(table, k)` does what is not timed and returns what is."""
 
-    prepare: Callable[[Case, Tensor], Callable[[], Graph]]
+    prepare: Callable[[Tensor, int], Callable[[], Graph]]
     ranking_error: float
     value_error: float
     note: str = ""
@@ -175,121 +156,104 @@ class Method(NamedTuple):
 
 def methods(case: Case, device: torch.device) -> dict[str, Method]:
     """The providers of a case by name."""
+    classes, dim, _ = case.sizes
     is_cuda, is_half = device.type == "cuda", case.dtype.itemsize == 2
-    single = TF32_ERROR if is_cuda and config.precision() == "tf32" else rounding_error(torch.float32, case.dim)
-    exact = rounding_error(case.dtype, case.dim) if case.dtype == torch.float64 else single
-    rounded = rounding_error(case.dtype, case.dim) if is_half else exact
+    single = TF32_ERROR if is_cuda and config.precision() == "tf32" else rounding_error(torch.float32, dim)
+    exact = rounding_error(case.dtype, dim) if case.dtype == torch.float64 else single
+    rounded = rounding_error(case.dtype, dim) if is_half else exact
     products = torch.float32 if is_half and not is_cuda else None  # the CPU path widens half precision
     warm = f"from the graph of a table {EPOCH_STEP:.0%} away, built outside the time"
-    found = {OURS: Method(_ours, exact, exact, products=products)}
-    found[f"{OURS} warm"] = Method(_warm, exact, exact, warm, products)
+    found = {
+        OURS: Method(_ours, exact, exact, products=products),
+        f"{OURS} warm": Method(_warm, exact, exact, warm, products),
+    }
     if not is_cuda:
         if importlib.util.find_spec("faiss"):
             found["faiss flat"] = Method(_faiss, single, single, products=torch.float32)
         found["blocked mm + topk"] = Method(partial(_strips, rows=STRIP_ROWS), rounded, rounded)
         return found
     if case.dtype == torch.float32:
-        half = rounding_error(torch.bfloat16, case.dim)
+        half = rounding_error(torch.bfloat16, dim)
         bf16 = partial(_ours, dtype=torch.bfloat16)
         found[f"{OURS} bf16"] = Method(bf16, half, half, products=torch.bfloat16)
         found[f"{OURS} bf16 + rescore"] = Method(partial(bf16, rescore=True), half, single, products=torch.bfloat16)
-    rows = max(1, STRIP_BYTES // (case.classes * case.dtype.itemsize))
+    rows = max(1, STRIP_BYTES // (classes * case.dtype.itemsize))
     found["cuBLAS strips + topk"] = Method(partial(_strips, rows=rows), rounded, rounded)
     if importlib.util.find_spec("faiss") and hasattr(importlib.import_module("faiss"), "StandardGpuResources"):
-        found["faiss gpu"] = Method(_faiss_gpu, single, single, "its memory is not torch's", torch.float32)
+        found["faiss gpu"] = Method(_faiss, single, single, "its memory is not torch's", torch.float32)
     if importlib.util.find_spec("flashlib"):
         note = "products in tf32" if case.dtype == torch.float32 else ""
         found["flashlib knn"] = Method(_flashlib, max(rounded, TF32_ERROR), TF32_ERROR, note)
     return found
 
 
-def providers(case: Case, table: Tensor, wanted: tuple[str, ...] = ()) -> Iterator[measure.Provider]:
-    """The providers of a case, made one after the other; `wanted` selects by a part of the name."""
-    expected = expected_neighbors(case, table)
-    for name, method in methods(case, table.device).items():
-        if (case.only and name not in case.only) or (wanted and not any(part in name for part in wanted)):
-            continue
-        function = measure.attempt(partial(method.prepare, case, table))
-        peak: Callable[[], int | None] | None = partial(measure.resident_peak, partial(_calls, case, name))
-        if table.is_cuda:
-            peak = None if name == "faiss gpu" else partial(measure.device_peak, function, table.device)
-        checked = partial(check, case, expected, method.ranking_error, method.value_error)
-        yield measure.Provider(name, function, checked, method.note, method.products, peak)
+def providers(case: Case, part: str, table: Tensor) -> list[measure.Provider]:
+    """The providers of a case."""
+    k, expected = case.sizes[-1], cache(expected_neighbors)
+
+    def provider(name: str, method: Method) -> measure.Provider:
+        prepare, work, has_peak = partial(method.prepare, table, k), useful_work(case), name != "faiss gpu"
+
+        def checked(graph: Graph) -> float:
+            return check(expected(table, k), method.ranking_error, method.value_error, graph)
+
+        return measure.Provider(name, prepare, checked, work, method.note, method.products, has_peak)
+
+    return [provider(name, method) for name, method in methods(case, table.device).items()]
 
 
-def _calls(case: Case, name: str) -> tuple[measure.Call, measure.Call]:
-    """A small call and that of the case, for the process in which memory is measured."""
-    device = torch.device("cpu")
-    small, call = (
-        methods(size, device)[name].prepare(size, synthetic_table(size, device))
-        for size in (TINY._replace(dtype=case.dtype), case)
-    )
-    return small, call
+def _ours(table: Tensor, k: int, dtype: torch.dtype | None = None, rescore: bool = False) -> Callable[[], Graph]:
+    return partial(functional.class_neighbors, table, k, return_similarities=True, dtype=dtype, rescore=rescore)
 
 
-def _ours(case: Case, table: Tensor, dtype: torch.dtype | None = None, rescore: bool = False) -> Callable[[], Graph]:
-    return lambda: functional.class_neighbors(table, case.k, return_similarities=True, dtype=dtype, rescore=rescore)
+def _warm(table: Tensor, k: int) -> Callable[[], Graph]:
+    previous = functional.class_neighbors(table_of_previous_epoch(table), k)
+    return partial(functional.class_neighbors, table, k, return_similarities=True, previous=previous)
 
 
-def _warm(case: Case, table: Tensor) -> Callable[[], Graph]:
-    previous = functional.class_neighbors(table_of_previous_epoch(table), case.k)
-    return lambda: functional.class_neighbors(table, case.k, return_similarities=True, previous=previous)
-
-
-def _strips(case: Case, table: Tensor, rows: int) -> Callable[[], Graph]:
+def _strips(table: Tensor, k: int, rows: int) -> Callable[[], Graph]:
     """Normalise once, multiply a strip of rows with all, exclude each row itself, select."""
 
     def call() -> Graph:
         unit = normalize(table.float() if table.dtype.itemsize == 2 else table).to(table.dtype)
         selected = []
-        for start in range(0, case.classes, rows):
+        for start in range(0, len(table), rows):
             similarities = torch.mm(unit[start : start + rows], unit.mT)
             similarities.diagonal(start).fill_(-torch.inf)
-            selected.append(similarities.topk(case.k))
+            selected.append(similarities.topk(k))
         return torch.cat([part.values for part in selected]), torch.cat([part.indices for part in selected])
 
     return call
 
 
-def _faiss(case: Case, table: Tensor) -> Callable[[], Graph]:
+def _faiss(table: Tensor, k: int) -> Callable[[], Graph]:
     """Normalisation and the index's copy are part of the time, as they would be in every epoch."""
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-
-    def call() -> Graph:
-        unit = normalize(table.float()).numpy()
-        index = faiss.IndexFlatIP(case.dim)
-        index.add(unit)
-        similarities, ids = index.search(unit, case.k + 1)
-        return exclude_self(torch.from_numpy(similarities), torch.from_numpy(ids))
-
-    return call
-
-
-def _faiss_gpu(case: Case, table: Tensor) -> Callable[[], Graph]:
     import faiss
     import faiss.contrib.torch_utils  # lets an index take tensors
 
-    resources = faiss.StandardGpuResources()
-    resources.setDefaultNullStreamAllDevices()  # torch's stream, which events see
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    make_index = partial(faiss.IndexFlatIP, table.shape[1])
+    if table.is_cuda:
+        resources = faiss.StandardGpuResources()
+        resources.setDefaultNullStreamAllDevices()  # torch's stream, which events see
+        make_index = partial(faiss.GpuIndexFlatIP, resources, table.shape[1])
 
     def call() -> Graph:
         unit = normalize(table.float())
-        index = faiss.GpuIndexFlatIP(resources, case.dim)
+        index = make_index()
         index.add(unit)
-        return exclude_self(*index.search(unit, case.k + 1))
+        return exclude_self(*index.search(unit, k + 1))
 
     return call
 
 
-def _flashlib(case: Case, table: Tensor) -> Callable[[], Graph]:
+def _flashlib(table: Tensor, k: int) -> Callable[[], Graph]:
     """By squared distance of unit vectors, which ranks as the cosine does."""
     from flashlib import flash_knn
 
     def call() -> Graph:
         unit = normalize(table.float()).to(table.dtype)
-        ids = flash_knn(unit, unit, case.k + 1, return_distances=False).long()
+        ids = flash_knn(unit, unit, k + 1, return_distances=False).long()
         return None, exclude_self(ids, ids)[1]
 
     return call
@@ -305,29 +269,6 @@ def exclude_self(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def useful_work(case: Case) -> tuple[float, float]:
     """Useful FLOPs and bytes; similarities are written in fp32 at least."""
+    classes, dim, k = case.sizes
     width = case.dtype.itemsize
-    flops = float(case.classes) * (case.classes - 1) * case.dim
-    return flops, float(case.classes) * (case.dim * width + case.k * (max(width, 4) + 8))
-
-
-def run(arguments: Namespace) -> Iterator[list[Row]]:
-    """Measure the cases of the command line, one list of rows for each."""
-    device = torch.device(arguments.device)
-    cases = [TINY] if arguments.tiny else CUDA_CASES if device.type == "cuda" else CPU_CASES
-    if arguments.cases:
-        known = {case.name: case for case in cases}
-        cases = [known.get(name) or Case(*map(int, name.split("x"))) for name in arguments.cases]
-    if arguments.dtype:
-        cases = list(dict.fromkeys(case._replace(dtype=getattr(torch, arguments.dtype)) for case in cases))
-    for case in cases:
-        yield measure.rows(
-            "graph",
-            case.name,
-            case.dtype,
-            list(providers(case, synthetic_table(case, device), tuple(arguments.providers or ()))),
-            base=OURS,
-            repeats=arguments.repeats or case.repeats,
-            device=device,
-            work=useful_work(case),
-            memory=arguments.memory,
-        )
+    return float(classes) * (classes - 1) * dim, float(classes) * (dim * width + k * (max(width, 4) + 8))

@@ -6,28 +6,29 @@ An op's module describes what it compares as `Provider`s; `rows` checks them, ti
 from __future__ import annotations
 
 import gc
+import importlib.util
 import multiprocessing
 import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from pathlib import Path
-from threading import Event, Thread
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
+from .cases import OURS, Case
 from .results import Row
 
-GENERATED = ("bench/results", "tests/floors.json", "docs/benchmarks.md", "docs/benchmarks")
+SOURCES = (":/bench/*.py", ":/kernels", ":/qaconv_triton")
 FLUSH_BYTES = 256 * 2**20  # more than the L2 cache of any GPU: a call reads its inputs from memory
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
@@ -37,48 +38,39 @@ Call = Callable[[], Any]
 
 
 class Provider(NamedTuple):
-    """One way to compute a case: `function` is timed only if `check` accepts its result."""
+    """One way to compute a case: `prepare` does what is not timed and returns what is, if `check` accepts its result.
+
+    `check` returns the recall, if there is one, and raises AssertionError for a wrong result.
+    """
 
     name: str
-    function: Call
-    check: Callable[
-        [Any], float | None
-    ]  # returns the recall, if there is one; raises AssertionError for a wrong result
+    prepare: Callable[[], Call]
+    check: Callable[[Any], float | None]
+    work: tuple[float, float]  # useful FLOPs and bytes
     note: str = ""
     products: torch.dtype | None = None  # dtype of its matrix products, if not that of the case
-    peak: Callable[[], int | None] | None = None  # bytes above the inputs
-    rounds: int | None = None  # the most rounds it takes part in, if it is too slow for all
-    work: tuple[float, float] | None = None  # useful FLOPs and bytes, if not those of the case
+    has_peak: bool = True  # whether its peak memory can be measured
+    is_compiled: bool = False  # by torch, for the sizes of its first call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """The times of one provider in ascending order, empty unless `status` is "ok"."""
+    """The times of one provider's function, round by round; none unless `status` is "ok"."""
 
-    status: str
+    function: Call | None = None
+    status: str = "ok"
     recall: float | None = None
-    seconds: tuple[float, ...] = ()
-    ratio: float | None = None
+    seconds: list[float] = field(default_factory=list)
 
-    @property
-    def quartiles(self) -> tuple[float, ...] | None:
-        """Lower quartile, median and upper quartile of the times."""
-        if len(self.seconds) < 2:
-            return self.seconds * 3 or None
-        return tuple(statistics.quantiles(self.seconds, n=4, method="inclusive"))
-
-
-def attempt(prepare: Callable[[], Call]) -> Call:
-    """Return what `prepare` returns; if it raises, a function that raises the same, so that only this row fails."""
-    try:
-        return prepare()
-    except Exception as error:
-        failure = error.with_traceback(None)  # a traceback would keep tensors alive
-
-    def fail() -> None:
-        raise failure
-
-    return fail
+    @contextmanager
+    def record_failure(self) -> Iterator[None]:
+        """Turn what is raised inside into the status."""
+        try:
+            yield
+        except Exception as error:
+            kind = "wrong" if isinstance(error, AssertionError) else f"failed: {type(error).__name__}"
+            self.status = f"{kind}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+            self.seconds.clear()
 
 
 def stopwatch(device: torch.device) -> Callable[[Call], float]:
@@ -108,55 +100,45 @@ def _wall_seconds(function: Call) -> float:
     return seconds
 
 
-def compare(providers: Sequence[Provider], *, base: str, repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Check each provider's first result, then time the correct ones in turn, A B C A B C.
-
-    `ratio` is the median over the rounds of a provider's time over that of `base` in the same round.
-    """
-    status: dict[str, str] = {}
-    recall: dict[str, float | None] = {}
+def compare(providers: Sequence[Provider], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Check each provider's first result, then time the correct ones in turn, A B C A B C."""
+    timings = {provider.name: Timing() for provider in providers}
     for provider in providers:
-        recall[provider.name] = None
-        try:
-            recall[provider.name] = provider.check(provider.function())
-            status[provider.name] = "ok"
-        except AssertionError as error:
-            status[provider.name] = f"wrong: {_first_line(error)}"
-        except Exception as error:
-            status[provider.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
-        _free_cached_memory(device)
-    times: dict[str, list[float]] = {provider.name: [] for provider in providers}
+        timing = timings[provider.name]
+        with timing.record_failure():
+            timing.function = provider.prepare()
+            timing.recall = provider.check(timing.function())
+        _free_memory()
     watch = stopwatch(device)
-    for round_number in range(repeats):
-        for provider in providers:
-            if status[provider.name] != "ok" or round_number >= (provider.rounds or repeats):
-                continue
-            try:
-                times[provider.name].append(watch(provider.function))
-            except Exception as error:
-                status[provider.name] = f"failed: {type(error).__name__}: {_first_line(error)}"
-    measured = {name: rounds if status[name] == "ok" else [] for name, rounds in times.items()}
-    timings = {}
-    for name, rounds in measured.items():
-        ratios = [own / other for own, other in zip(rounds, measured.get(base, []), strict=False)]
-        ratio = statistics.median(ratios) if ratios else None
-        timings[name] = Timing(status[name], recall[name], tuple(sorted(rounds)), ratio)
+    for _ in range(repeats):
+        for timing in timings.values():
+            if timing.status == "ok":
+                with timing.record_failure():
+                    timing.seconds.append(watch(timing.function))
     return timings
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]
-
-
-def _free_cached_memory(device: torch.device) -> None:
+def _free_memory() -> None:
     gc.collect()
+    torch.cuda.empty_cache()  # where CUDA is in use
+
+
+def peak_bytes(case: Case, part: str, provider: Provider, function: Call, device: torch.device) -> int | None:
+    """Return the bytes that the call of a provider needs at its peak, output included, above its inputs."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        return device_peak(function, device)
+    tiny = next(tiny for tiny in case.module.TINY if tiny.op == case.op)._replace(dtype=case.dtype)
+    return resident_peak(partial(_prepare, part, provider.name), case if provider.is_compiled else tiny, case)
+
+
+def _prepare(part: str, name: str, case: Case) -> Call:
+    problem = case.module.build(case, torch.device("cpu"))
+    return next(each for each in case.module.providers(case, part, problem) if each.name == name).prepare()
 
 
 def device_peak(function: Call, device: torch.device) -> int:
-    """Return the bytes that a call needs at its peak, output included, by torch's CUDA allocator alone."""
-    _free_cached_memory(device)
+    """The peak of a call by torch's CUDA allocator alone."""
+    _free_memory()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -167,42 +149,33 @@ def device_peak(function: Call, device: torch.device) -> int:
     return peak
 
 
-def resident_peak(build: Callable[[], tuple[Call, Call]]) -> int | None:
-    """Return the resident bytes that a call needs at its peak, output included, above its inputs; None without /proc.
+def resident_peak(make: Callable[[Any], Call], small: Any, size: Any) -> int | None:
+    """The peak of resident memory in a new process, where no freed memory is reused; None except on Linux.
 
-    Measured in a new process, where no freed memory is reused. There `build` (picklable) makes the inputs and returns
-    a small call, which loads libraries and their buffers, and the call to measure.
+    There `make` (picklable) makes the inputs of a size and returns the call. A call of a small size comes first: it
+    loads libraries and their buffers.
     """
-    if not Path("/proc/self/status").exists():
-        return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_resident_peak, build, torch.get_num_threads()).result()
+        return pool.submit(_resident_peak, make, small, size, torch.get_num_threads()).result()
 
 
-def _resident_peak(build: Callable[[], tuple[Call, Call]], threads: int) -> int:
+def _resident_peak(make: Callable[[Any], Call], small: Any, size: Any, threads: int) -> int | None:
     torch.set_num_threads(threads)
-    small, call = build()
-    small()
+    call = make(size)
+    (call if small == size else make(small))()
     gc.collect()
-    before, sizes, done = _resident_bytes(), [0], Event()
-
-    def sample() -> None:
-        while not done.wait(0.0005):
-            sizes.append(_resident_bytes())
-
-    thread = Thread(target=sample, daemon=True)
-    thread.start()
-    result = call()
-    sizes.append(_resident_bytes())
-    done.set()
-    thread.join()
-    del result
-    return max(max(sizes) - before, 0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is now what is resident
+    except OSError:
+        return None
+    before = _peak_of_process()
+    call()
+    return _peak_of_process() - before
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * 4096
+def _peak_of_process() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 @cache
@@ -231,7 +204,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -241,23 +214,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 @cache
 def _commit() -> str:
     """The commit that is checked out, "-dirty" if the sources differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = partial(subprocess.check_output, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True)
     try:
-        changed = git("status", "--porcelain", "--", ":/", *(f":(exclude,top){path}" for path in GENERATED))
-        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+        is_changed = git(["git", "status", "--porcelain", "--", *SOURCES])
+        return git(["git", "rev-parse", "--short", "HEAD"]).strip() + ("-dirty" if is_changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _cpu_name() -> str:
@@ -269,49 +231,49 @@ def _cpu_name() -> str:
 
 
 def rows(
-    op: str,
-    case: str,
-    dtype: torch.dtype,
+    case: Case,
+    part: str,
     providers: Sequence[Provider],
-    *,
-    base: str,
-    repeats: int,
     device: torch.device,
-    work: tuple[float, float],
-    part: str = "",
+    repeats: int | None = None,
     memory: bool = True,
+    base: str = OURS,
 ) -> list[Row]:
-    """Measure the providers of one case.
+    """Measure the providers of a part of a case, in `repeats` rounds or those of the case.
 
-    Args:
-        op: `graph`, `classes` or `pairs`.
-        case: the case's sizes, joined by x.
-        dtype: of the inputs.
-        providers: what to measure.
-        base: the provider whose time the others are compared with.
-        repeats: rounds.
-        device: of the inputs.
-        work: useful FLOPs and bytes of the case, the same for every provider that has none of its own.
-        part: `forward`, `backward`, `step` or `match`.
-        memory: whether to measure peak memory.
+    Ratios to the provider `base` are medians over the rounds, of times of the same round.
     """
-    around, copy_gbs = environment(device), copy_ceiling(device)
-    timings = compare(providers, base=base, repeats=repeats, device=device)
+    common = environment(device) | {"copy_gbs": copy_ceiling(device), "part": part}
+    has_ceiling = device.type == "cuda" or part not in ("backward", "step")  # gradients on a CPU are no matrix products
+    timings = compare(providers, repeats or case.repeats, device)
     measured = []
     for provider in providers:
-        timing, products = timings[provider.name], provider.products or dtype
-        row: dict[str, Any] = {"products": _name(products), "note": provider.note, "copy_gbs": copy_gbs}
-        row["recall"] = timing.recall
-        if timing.quartiles is not None:
-            lower, median, upper = timing.quartiles
-            flops, moved = provider.work or work
-            ceiling, tflops = matmul_ceiling(device, products), 1e-12 * flops / median
-            row |= {"repeats": len(timing.seconds), "median_s": median, "lower_s": lower, "upper_s": upper}
-            row |= {"ratio": timing.ratio, "base": base, "tflops": tflops, "matmul_tflops": ceiling}
-            row |= {"share_of_matmul": tflops / ceiling, "share_of_copy": 1e-9 * moved / median / copy_gbs}
-            if memory and provider.peak is not None:
-                row["peak_bytes"] = provider.peak()
-        measured.append(Row(op, case, provider.name, _name(dtype), timing.status, part=part, **row, **around))
+        timing, products = timings[provider.name], provider.products or case.dtype
+        own = {"recall": timing.recall, "products": _name(products), "note": provider.note}
+        row = Row(case.op, case.name, provider.name, _name(case.dtype), timing.status, **own, **common)
+        if timing.seconds:
+            lower, median, upper = numpy.quantile(timing.seconds, (0.25, 0.5, 0.75)).tolist()
+            in_base = timings[base].seconds if base in timings else []
+            ratios = [time / other for time, other in zip(timing.seconds, in_base, strict=False)]
+            flops, moved = provider.work
+            tflops, ceiling = 1e-12 * flops / median, matmul_ceiling(device, products)
+            measures_peak = memory and provider.has_peak
+            peak = peak_bytes(case, part, provider, timing.function, device) if measures_peak else None
+            row = replace(
+                row,
+                repeats=len(timing.seconds),
+                median_s=median,
+                lower_s=lower,
+                upper_s=upper,
+                ratio=statistics.median(ratios) if ratios else None,
+                base=base,
+                peak_bytes=peak,
+                tflops=tflops,
+                matmul_tflops=ceiling,
+                share_of_matmul=tflops / ceiling if has_ceiling else None,
+                share_of_copy=1e-9 * moved / median / row.copy_gbs,
+            )
+        measured.append(row)
     return measured
 
 

@@ -16,31 +16,12 @@ from torch import Tensor
 
 from qaconv_triton import QAConv, reference
 
-TRAINING = ("forward", "backward", "step")
+from .cases import Case
+
 FORWARD_PASSES = {"forward": 1, "backward": 2, "step": 3, "match": 1}  # FLOPs of a part, in those of a forward pass
 GROUPS = 32  # of similar gallery maps
-MAX_EXPECTED_PAIRS = 2**17  # whose gradients are computed in fp64; of more pairs, a sample's
-SAMPLED_PROBES = 2  # in such a sample
-BLOCK = 2**25  # correlations at a time in fp64
-
-
-class Case(NamedTuple):
-    """A size to measure; `only` names the providers, if not all of them; those that are `slow` run fewer rounds.
-
-    Sizes are B, N, K, C, H, W and samples per class on the class path; P, G, C, H, W for all pairs.
-    """
-
-    sizes: tuple[int, ...]
-    parts: tuple[str, ...] = TRAINING
-    dtype: torch.dtype = torch.float32
-    repeats: int = 5
-    only: tuple[str, ...] = ()
-    slow: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its sizes on the command line and in the results."""
-        return "x".join(map(str, self.sizes))
+MAX_EXPECTED_PAIRS = 2**17  # in eval mode; of more, those of a sample of probes
+BLOCK = 2**21  # correlations at a time in fp64, for a CPU's cache
 
 
 class Problem(NamedTuple):
@@ -64,19 +45,17 @@ class Problem(NamedTuple):
         return [self.probe, self.gallery, *(weight for module in modules for weight in module.parameters())]
 
 
-def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) -> Problem:
+def build(case: Case, device: torch.device, sparse_grad: bool = False) -> Problem:
     """The problem of a case, the same whenever it is built: groups of similar maps, probes are such maps plus noise."""
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        if op == "classes":
+        if case.op == "classes":
             batch, count, k, channels, height, width, instances = case.sizes
             matcher = QAConv(channels, height, width, count, k, sparse_grad=sparse_grad)
-            assert matcher.class_embed is not None
             gallery = matcher.class_embed
             spread = torch.arange(k) * ((count - 1) // k) + torch.randint((count - 1) // k, (count, k))
             matcher.class_neighbors = (torch.arange(count).unsqueeze(1) + 1 + spread) % count
-            own = torch.randperm(count)[: batch // instances].repeat_interleave(instances)
-            labels: Tensor | None = own
+            labels = own = torch.randperm(count)[: batch // instances].repeat_interleave(instances)
         else:
             batch, count, channels, height, width = case.sizes
             matcher, labels, own, instances = QAConv(channels, height, width), None, torch.arange(batch) % count, 1
@@ -89,7 +68,6 @@ def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) 
         probe = probe.to(case.dtype, memory_format=torch.contiguous_format).requires_grad_()
         torch.nn.init.uniform_(matcher.fc.weight, 0.5, 1.5)
         for norm, mean in ((matcher.bn, 0.2), (matcher.logit_bn, 0.5)):  # for scores of a usual size in eval mode
-            assert norm.running_mean is not None
             norm.running_mean.fill_(mean)
         if case.dtype == torch.float64:
             matcher.double()
@@ -99,74 +77,62 @@ def build(op: str, case: Case, device: torch.device, sparse_grad: bool = False) 
 
 
 class Expected(NamedTuple):
-    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and gradients.
+    """The result in fp64: scores `[R, G]` of the probes `rows [R]`, and of a backward pass gradients.
 
-    Gradients of the first probes `[r, S, C]`, of the gallery maps `ids [T]`, `[T, S, C]`, zero in `untouched`, and of
-    fc's weight.
+    Gradients of the probes `[P, S, C]`, of the gallery maps `ids [T]` that are scored, `[T, S, C]`, and of fc's weight.
     """
 
     rows: Tensor
     scores: Tensor
-    probe: Tensor
-    ids: Tensor
-    gallery: Tensor
-    untouched: Tensor
-    weight: Tensor
+    probe: Tensor | None = None
+    ids: Tensor | None = None
+    gallery: Tensor | None = None
+    weight: Tensor | None = None
 
 
-def expected_result(problem: Problem, training: bool, sums: bool = False) -> Expected:
-    """Scores, or with `sums` the sums of pooled values, and their gradients by autograd, a block of pairs at a time."""
-    matcher, count, total = problem.matcher, len(problem.probe), len(problem.gallery)
-    sample = torch.arange(count, device=problem.probe.device)
-    if not training and count > max(1, MAX_EXPECTED_PAIRS // total):  # without batch statistics scores are independent
-        sample = torch.linspace(0, count - 1, max(1, MAX_EXPECTED_PAIRS // total), device=sample.device).long()
-        problem, count = problem._replace(probe=problem.probe.detach()[sample]), len(sample)
-    blocks = list(_blocks(problem, count))
+def expected_result(problem: Problem, part: str, sums: bool = False) -> Expected:
+    """Scores, or with `sums` the sums of pooled values, and what gradients a part has, a block of pairs at a time."""
+    training, has_gradients = part != "match", part in ("backward", "step")
+    matcher, (count, total) = problem.matcher, problem.upstream.shape
+    rows = torch.arange(count, device=problem.probe.device)
+    if not training and problem.labels is None:  # without batch statistics scores are independent
+        sampled = min(count, max(1, MAX_EXPECTED_PAIRS // total))
+        rows = torch.linspace(0, count - 1, sampled, device=rows.device).round().long()
+        problem = problem._replace(probe=problem.probe.detach()[rows])
+    blocks = list(_blocks(problem))
     with torch.no_grad():
         pooled = torch.cat([_pooled(problem, *block)[2].flatten(0, 1) for block in blocks])
-    pooled.requires_grad_(training)
+    pooled.requires_grad_(has_gradients)
     head = [copy.deepcopy(module).double().train(training) for module in (matcher.bn, matcher.fc, matcher.logit_bn)]
     values = pooled.sum(-1) if sums else reference.pair_scores(pooled, *head)
-    sizes = [len(rows) * len(ids) for rows, ids in blocks]
-    scores = values.new_zeros(count, total)
-    for (rows, ids), part in zip(blocks, values.split(sizes), strict=True):
-        scores[rows.unsqueeze(1), ids] = part.view(len(rows), len(ids))
-    none = pooled.new_zeros(0)
-    if not training:
-        return Expected(sample, scores.detach(), none, none, none, none, none)
+    sizes = [len(probes) * len(ids) for probes, ids in blocks]
+    scores = values.new_zeros(len(rows), total)
+    for (probes, ids), block in zip(blocks, values.split(sizes), strict=True):
+        scores[probes.unsqueeze(1), ids] = block.view(len(probes), len(ids))
+    if not has_gradients:
+        return Expected(rows, scores.detach())
     inputs = (pooled, head[1].weight)
     gradient, weight = torch.autograd.grad(scores, inputs, problem.upstream.double(), allow_unused=sums)
     touched = torch.cat([ids for _, ids in blocks]).unique()
-    is_complete = len(pooled) <= MAX_EXPECTED_PAIRS
-    known = touched if is_complete else blocks[0][1]
     of_probe = pooled.new_zeros(problem.probe.flatten(2).mT.shape)
-    of_gallery = pooled.new_zeros(len(known), *of_probe.shape[1:])
-    for number, ((rows, ids), part) in enumerate(zip(blocks, gradient.split(sizes), strict=True)):
-        part = part.view(len(rows), len(ids), -1)
-        if not is_complete and number > 0:
-            rows, part = rows[:SAMPLED_PROBES], part[:SAMPLED_PROBES]
-        left, right, values = _pooled(problem, rows, ids)
-        to_probe, to_gallery = torch.autograd.grad(values, (left, right), part)
-        of_probe[rows] += to_probe
-        if is_complete or number == 0:
-            of_gallery[torch.searchsorted(known, ids)] += to_gallery
-    is_untouched = torch.ones(total, dtype=torch.bool, device=touched.device).index_fill(0, touched, False)
-    of_probe = of_probe if is_complete else of_probe[:SAMPLED_PROBES].clone()
-    untouched = is_untouched.nonzero().squeeze(1)
-    return Expected(sample, scores.detach(), of_probe, known, of_gallery, untouched, none if sums else weight)
+    of_gallery = pooled.new_zeros(len(touched), *of_probe.shape[1:])
+    for (probes, ids), block in zip(blocks, gradient.split(sizes), strict=True):
+        left, right, best = _pooled(problem, probes, ids)
+        to_probe, to_gallery = torch.autograd.grad(best, (left, right), block.view_as(best))
+        of_probe[probes] += to_probe
+        of_gallery[torch.searchsorted(touched, ids)] += to_gallery
+    return Expected(rows, scores.detach(), of_probe, touched, of_gallery, weight)
 
 
-def _blocks(problem: Problem, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every pair of the first `count` probes: rows, and the gallery ids that each of them is scored against."""
+def _blocks(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every pair: some probes, and the gallery ids that each of them is scored against."""
     if problem.labels is not None:
-        assert problem.matcher.class_neighbors is not None
         for label in problem.labels.unique():
             yield (problem.labels == label).nonzero().squeeze(1), problem.matcher.class_neighbors[label]
         return
-    device, locations = problem.probe.device, problem.probe[0, 0].numel()
-    ids = torch.arange(len(problem.gallery), device=device)
-    for part in ids.split(max(1, BLOCK // (count * locations**2))):
-        yield torch.arange(count, device=device), part
+    every, ids = (torch.arange(len(maps), device=maps.device) for maps in (problem.probe, problem.gallery))
+    for part in ids.split(max(1, BLOCK // (len(every) * problem.probe[0, 0].numel() ** 2))):
+        yield every, part
 
 
 def _pooled(problem: Problem, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,18 +174,16 @@ def check_gradients(expected: Expected, limit: Tolerance, gradients: Sequence[Te
         assert torch.equal(gallery.indices()[0], expected.ids), "the sparse gradient is of other rows than those scored"
         gallery = gallery.values()
     else:
-        untouched = expected.untouched.split(1024)
-        assert not any(gallery[ids].any() for ids in untouched), "a row that was not scored has a gradient"
+        has_gradient = torch.cat([part.flatten(1).any(dim=1) for part in gallery.split(1024)])
+        has_gradient[expected.ids] = False
+        assert not has_gradient.any(), "a row that was not scored has a gradient"
         gallery = gallery[expected.ids]
-    probe = probe[: len(expected.probe)]
     compared = [("probe", probe.flatten(2).mT, expected.probe), ("gallery", gallery.flatten(2).mT, expected.gallery)]
     compared += [("fc.weight", others[0], expected.weight)] if others else []
     for name, gradient, wanted in compared:
         left, right = gradient.double().flatten(), wanted.flatten()
-        cosine, norm = (
-            (torch.dot(left, right) / (left.norm() * right.norm())).item(),
-            (left.norm() / right.norm()).item(),
-        )
+        cosine = (torch.dot(left, right) / (left.norm() * right.norm())).item()
+        norm = (left.norm() / right.norm()).item()
         assert cosine >= limit.cosine, f"gradient of {name}: cosine {cosine:.5f} to the expected one"
         assert abs(norm - 1) <= limit.norm, f"gradient of {name}: {norm:.3f}x the expected norm"
 
@@ -229,7 +193,6 @@ def useful_work(problem: Problem, part: str) -> tuple[float, float]:
     count, channels, height, width = problem.probe.shape
     locations, touched, scored = height * width, len(problem.gallery), len(problem.gallery)
     if problem.labels is not None:
-        assert problem.matcher.class_neighbors is not None
         ids = problem.matcher.class_neighbors[problem.labels]
         touched, scored = len(ids.unique()), ids.shape[1]
     maps = (count + touched) * locations * channels * problem.probe.element_size()

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from . import results
-from .graph import OURS
+from .cases import LETTERS, OURS
 from .results import Row
 
 DOCS = Path(__file__).parents[1] / "docs"
-LETTERS = {"graph": "NDK", "classes": "BNKCHWM", "pairs": "PGCHW"}  # of the sizes of a case
 HEADINGS = {
     "graph": "Class graph: the K nearest of N classes for each of them, D dimensions",
     "classes": "Class path: B maps of C channels, H x W, M of a class, each against the K of N classes near its own",
@@ -53,42 +53,37 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="directory of the CSV files")
     parser.add_argument("--output", type=Path, default=DOCS, help="of benchmarks.md and benchmarks/")
     options = parser.parse_args(arguments)
-    devices: dict[str, list[Row]] = defaultdict(list)
-    for path in sorted(options.results.glob("*/*.csv")):
-        devices[path.parent.name] += [row for row in results.read(path) if row.device]
-    (options.output / "benchmarks").mkdir(parents=True, exist_ok=True)
-    sections = [INTRODUCTION]
-    if not any(rows[0].is_gpu for rows in devices.values() if rows):
-        sections.append(NO_GPU)
-    for name, rows in devices.items():
-        if rows:
-            sections.append(_device(name, rows, options.output))
+    every = [row for path in sorted(options.results.glob("*/*.csv")) for row in results.read(path)]
+    sections = [INTRODUCTION] if any(row.is_gpu for row in every) else [INTRODUCTION, NO_GPU]
+    sections += [_device(rows, options.output) for rows in _grouped(every, attrgetter("device"))]
+    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmarks.md").write_text("\n".join(sections), encoding="utf-8")
 
 
-def _device(name: str, rows: list[Row], output: Path) -> str:
+def _grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[list[Row]]:
+    groups: dict[object, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return list(groups.values())
+
+
+def _device(rows: list[Row], output: Path) -> str:
     lines = [f"## {rows[0].device}", ""]
     for op, heading in HEADINGS.items():
         of_op = [row for row in rows if row.op == op]
         if not of_op:
             continue
-        letters = "x".join(LETTERS.get(op, ""))
-        lines += [f"### {heading}", "", *([f"Sizes are `{letters}`.", ""] if letters else [])]
-        lines += _plots(name, of_op, output)
+        lines += [f"### {heading}", ""]
         if op == "compile":  # one row a kernel
             shown = {"kernel": [row.case for row in of_op]} | results.columns(of_op)
             lines += ["`python -m bench static --times`", "", results.grid(shown), ""]
             continue
-        for group in _grouped(of_op, lambda row: (row.case, row.part, row.dtype, row.threads)):
+        lines += [f"Sizes are `{'x'.join(LETTERS[op])}`.", ""]
+        for letter in LETTERS[op]:
+            lines += _plot(letter, of_op, output)
+        for group in _grouped(of_op, attrgetter("case", "part", "dtype", "threads")):
             lines += _case(group)
     return "\n".join(lines)
-
-
-def _grouped(rows: Iterable[Row], key) -> list[list[Row]]:  # type: ignore[no-untyped-def]
-    groups: dict[object, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return list(groups.values())
 
 
 def _case(group: list[Row]) -> list[str]:
@@ -102,56 +97,47 @@ def _case(group: list[Row]) -> list[str]:
     return [heading, "", f"`{command}`", "", f"{results.conditions(group)}.", "", table, ""]
 
 
-def _plots(device: str, rows: list[Row], output: Path) -> list[str]:
-    """For each size that varies while the others stay: time and peak memory of every provider over it."""
-    links = []
-    letters = LETTERS.get(rows[0].op, "")
-    for position, letter in enumerate(letters):
+def _plot(letter: str, rows: list[Row], output: Path) -> list[str]:
+    """Time and peak memory of every provider over one size, for the most rows that have all other sizes in common."""
 
-        def others(row: Row, position: int = position) -> tuple[object, ...]:
-            sizes = row.case.split("x")
-            return *sizes[:position], *sizes[position + 1 :], row.part, row.dtype, row.threads
+    def others(row: Row) -> tuple[object, ...]:
+        sizes = tuple(size for name, size in row.sizes.items() if name != letter)
+        return sizes, row.part, row.dtype, row.threads
 
-        swept = [group for group in _grouped(rows, others) if len({row.case for row in group}) >= MIN_POINTS]
-        for group in sorted(swept, key=len)[-1:]:
-            first = group[0]
-            name = "-".join(filter(None, [first.op, first.part, first.dtype, f"by-{letter}.png"]))
-            path = f"benchmarks/{device}/{name}"
-            (output / path).parent.mkdir(parents=True, exist_ok=True)
-            _draw(group, position, letter, output / path)
-            links += [f"![{first.op} {first.part}: time and memory over {letter}]({path})", ""]
-    return links
-
-
-def _draw(group: list[Row], position: int, letter: str, path: Path) -> None:
+    swept = [group for group in _grouped(rows, others) if len({row.case for row in group}) >= MIN_POINTS]
+    if not swept:
+        return []
+    group = max(reversed(swept), key=len)
     first = group[0]
-    fixed = ", ".join(
-        f"{name}={int(size):,}"
-        for name, size in zip(LETTERS[first.op], first.case.split("x"), strict=True)
-        if name != letter
-    )
+    name = "-".join(filter(None, [first.op, first.part, first.dtype, f"by-{letter}.png"]))
+    path = f"benchmarks/{results.slug(first.device)}/{name}"
+    (output / path).parent.mkdir(parents=True, exist_ok=True)
+    _draw(group, letter, output / path)
+    return [f"![{first.op} {first.part}: time and memory over {letter}]({path})", ""]
+
+
+def _draw(group: list[Row], letter: str, path: Path) -> None:
+    first = group[0]
+    title = " ".join(filter(None, [first.op, first.part, first.dtype]))
+    fixed = ", ".join(f"{name}={size:,}" for name, size in first.sizes.items() if name != letter)
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(
-        f"{results.title(first).replace(first.case + ' ', '')}, {fixed}\n{first.device}, {first.threads} threads",
-        fontsize=10,
-    )
-    values = {
-        "Seconds": lambda row: row.median_s,
-        "Peak memory above the inputs, MB": lambda row: row.peak_bytes and row.peak_bytes / 1e6,
-    }
-    for number, (label, value) in enumerate(values.items()):
-        axes = figure.add_subplot(1, 2, number + 1, xscale="log", yscale="log", xlabel=letter, ylabel=label)
+    figure.suptitle(f"{title}, {fixed}\n{first.device}, {first.threads} threads", fontsize=10)
+    left, right = figure.subplots(1, 2, subplot_kw={"xscale": "log", "yscale": "log", "xlabel": letter})
+    for axes, label, column, unit in (
+        (left, "Seconds", "median_s", 1),
+        (right, "Peak memory above the inputs, MB", "peak_bytes", 1e6),
+    ):
+        axes.set_ylabel(label)
         for provider in sorted({row.provider for row in group}, key=lambda name: (name != OURS, name)):
-            of_provider = [row for row in group if row.provider == provider and value(row)]
-            points = sorted((int(row.case.split("x")[position]), value(row)) for row in of_provider)
+            of_provider = [row for row in group if row.provider == provider and getattr(row, column)]
+            points = sorted((row.sizes[letter], getattr(row, column) / unit) for row in of_provider)
             if len(points) > 1:
-                axes.plot(
-                    *zip(*points, strict=True), marker="o", label=provider, linewidth=2.5 if provider == OURS else 1.2
-                )
-        axes.set_xticks(sorted({int(row.case.split("x")[position]) for row in group}), minor=False)
+                width = 2.5 if provider == OURS else 1.2
+                axes.plot(*zip(*points, strict=True), marker="o", label=provider, linewidth=width)
+        axes.set_xticks(sorted({row.sizes[letter] for row in group}))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_minor_formatter("")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.yaxis.set_minor_formatter("")
         axes.tick_params(labelsize=8)
         axes.grid(True, color="0.9")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+
+from .cases import LETTERS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,26 +50,25 @@ class Row:
         """Whether the device is a GPU, by its name. AMD makes CPUs, too, some of them "with Radeon Graphics"."""
         return re.match(r"(NVIDIA|Tesla|GeForce|Quadro|AMD Instinct|AMD Radeon)\b", self.device) is not None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the case by their letters."""
+        return dict(zip(LETTERS[self.op], map(int, self.case.split("x")), strict=True))
 
-def save(measured: Iterable[Row], directory: Path = RESULTS) -> list[Path]:
-    """Write rows to `<directory>/<device>/<op>.csv`; each replaces that of the same case, part and provider."""
 
-    def key(row: Row) -> tuple[object, ...]:
-        return row.case, row.part, row.dtype, row.provider, row.threads
-
-    files: dict[Path, list[Row]] = {}
-    for row in measured:
-        files.setdefault(directory / slug(row.device) / f"{row.op}.csv", []).append(row)
-    for path, new in files.items():
-        kept = {key(row): row for row in [*(read(path) if path.exists() else []), *new]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        complete = path.with_suffix(".new")  # an interrupted run loses no rows
-        with complete.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in kept.values())
-        complete.replace(path)
-    return list(files)
+def save(measured: Sequence[Row], directory: Path = RESULTS) -> Path:
+    """Write an op's rows to `<directory>/<device>/<op>.csv`; each replaces that of the same case, part and provider."""
+    path = directory / slug(measured[0].device) / f"{measured[0].op}.csv"
+    known = read(path) if path.exists() else []
+    kept = {(row.case, row.part, row.dtype, row.provider, row.threads): row for row in [*known, *measured]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    complete = path.with_suffix(".new")  # an interrupted run loses no rows
+    with complete.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in kept.values())
+    complete.replace(path)
+    return path
 
 
 def slug(device: str) -> str:
@@ -77,16 +77,12 @@ def slug(device: str) -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file that `save` wrote; a missing column gets its default."""
-    kinds: dict[str, Callable[[str], Any]] = {
-        "str": str,
-        "int | None": lambda text: int(text) if text else None,
-        "float | None": lambda text: float(text) if text else None,
-    }
+    """The rows of a file that `save` wrote; what is empty or missing gets its default."""
+    kinds = {"str": str, "int | None": int, "float | None": float}
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     return [
-        Row(**{each.name: kinds[str(each.type)](line[each.name]) for each in fields(Row) if each.name in line})
+        Row(**{each.name: kinds[str(each.type)](line[each.name]) for each in fields(Row) if line.get(each.name)})
         for line in lines
     ]
 
@@ -128,7 +124,7 @@ def columns(measured: Sequence[Row]) -> dict[str, list[str]]:
         "quartiles": [f"{time(row.lower_s)} to {time(row.upper_s)}" if row.median_s else "" for row in measured],
         "rounds": [_shown(row.repeats, "{:.0f}") for row in measured],
         f"time / {base}": [_shown(row.ratio, "{:.2f}") for row in measured],
-        "peak MB": [megabytes(row.peak_bytes) for row in measured],
+        "peak MB": [_shown(row.peak_bytes and row.peak_bytes / 1e6, "{:,.1f}") for row in measured],
         "useful TFLOP/s": [_shown(row.tflops, "{:.3g}") for row in measured],
         "of torch.mm": [_shown(row.share_of_matmul, "{:.0%}") for row in measured],
         "of copy": [_shown(row.share_of_copy, "{:.0%}") for row in measured],
@@ -147,11 +143,6 @@ def grid(shown: dict[str, list[str]]) -> str:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def megabytes(size: float | None) -> str:
-    """A number of bytes in millions; empty for None."""
-    return _shown(None if size is None else size / 1e6, "{:,.1f}")
 
 
 def rate(value: float) -> str:

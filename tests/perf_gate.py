@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import graph, measure, problems, results, scores
-from bench.problems import Case
+from bench import graph, measure, results, scores
+from bench.cases import OURS, TRAINING, Case
 
 FLOORS = Path(__file__).parent / "floors.json"
 SLACK = 0.8  # of the measured ratio: shared machines vary as much from run to run
@@ -28,56 +28,51 @@ class Check(NamedTuple):
     """A part of a case, and the provider that the library is compared with."""
 
     group: str
-    op: str
-    case: graph.Case | Case
+    case: Case
     part: str
     baseline: str
 
     @property
     def name(self) -> str:
         """Its name in test ids and in floors.json."""
-        return " ".join(filter(None, [self.op, self.case.name, self.part, str(self.case.dtype).removeprefix("torch.")]))
+        dtype = str(self.case.dtype).removeprefix("torch.")
+        return " ".join(filter(None, [self.case.op, self.case.name, self.part, dtype]))
 
 
 def checks(device: torch.device) -> list[Check]:
     """The checks of a device."""
     if device.type == "cuda":
         make, baseline = partial(Case, dtype=torch.bfloat16, repeats=20), "cuBLAS strips + topk"
-        tables = [graph.Case(*sizes, torch.bfloat16, 20) for sizes in graph.CUDA_SIZES[::3]]
+        tables = [make("graph", sizes) for sizes in graph.CUDA_SIZES[::3]]
         sizes = (256, 10572, 256, 512, 7, 7, 4), (256, 256, 512, 7, 7), (256, 2048, 512, 24, 8)
     else:
         make, baseline = partial(Case, repeats=7), "blocked mm + topk"
-        tables = [graph.Case(2048, 8192, 32), graph.Case(6000, 512, 64)]
+        tables = [Case("graph", (2048, 8192, 32)), Case("graph", (6000, 512, 64))]
         sizes = (64, 2000, 64, 512, 7, 7, 4), (64, 64, 512, 7, 7), (16, 128, 512, 24, 8)
-    classes, pairs, match = map(make, sizes)
+    classes, pairs, match = map(make, ("classes", "pairs", "pairs"), sizes)
     return [
-        *(Check("graph", "graph", case, "", baseline) for case in tables),
-        *(Check(f"class path, {part}", "classes", classes, part, scores.VECTORISED) for part in problems.TRAINING),
-        *(Check("all pairs", "pairs", pairs, part, scores.TUNED) for part in ("forward", "step")),
-        Check("inference", "pairs", match, "match", scores.TUNED),
+        *(Check("graph", case, "", baseline) for case in tables),
+        *(Check(f"class path, {part}", classes, part, scores.VECTORISED) for part in TRAINING),
+        *(Check("all pairs", pairs, part, scores.TUNED) for part in ("forward", "step")),
+        Check("inference", match, "match", scores.TUNED),
     ]
 
 
-def prepare(check: Check, device: torch.device) -> tuple[measure.Provider, measure.Provider, float]:
-    """The library's provider, the baseline's, and the useful FLOPs.
+def prepare(check: Check, device: torch.device) -> tuple[measure.Provider, measure.Call, measure.Call]:
+    """The library's provider, its function and the baseline's.
 
     Raises:
         AssertionError: a result is wrong.
     """
-    case = check.case._replace(only=(scores.OURS, check.baseline))
-    if isinstance(case, graph.Case):
-        ours, baseline = graph.providers(case, graph.synthetic_table(case, device))
-        flops = graph.useful_work(case)[0]
-    else:
-        problem = problems.build(check.op, case, device)
-        ours, baseline = scores.providers(check.op, case, check.part, problem)
-        flops = problems.useful_work(problem, check.part)[0]
-    for provider in (ours, baseline):
+    op, functions = check.case.module, []
+    providers = {each.name: each for each in op.providers(check.case, check.part, op.build(check.case, device))}
+    for name in (OURS, check.baseline):
+        functions.append(providers[name].prepare())
         try:
-            provider.check(provider.function())
+            providers[name].check(functions[-1]())
         except AssertionError as error:
-            raise AssertionError(f"{check.name}, {provider.name}: {error}; a wrong result has no time") from error
-    return ours, baseline, flops
+            raise AssertionError(f"{check.name}, {name}: {error}; a wrong result has no time") from error
+    return providers[OURS], *functions
 
 
 class Clock:
@@ -107,11 +102,11 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     Raises:
         AssertionError: a result is wrong.
     """
-    ours, baseline, flops = prepare(check, device)
+    ours, function, baseline = prepare(check, device)
     times: list[float] = []
     benchmark.pedantic(
-        partial(clock.time, device, ours.function),
-        setup=lambda: times.append(_watch(device)(baseline.function)),
+        partial(clock.time, device, function),
+        setup=lambda: times.append(_watch(device)(baseline)),
         rounds=check.case.repeats,
         warmup_rounds=WARM_UP_ROUNDS,
     )
@@ -120,13 +115,14 @@ def run(check: Check, benchmark: Any, device: torch.device) -> None:
     own = benchmark.stats.stats.data
     others = times[WARM_UP_ROUNDS : WARM_UP_ROUNDS + len(own)]
     around = measure.environment(device)
+    peak = measure.peak_bytes(check.case, check.part, ours, function, device) if ours.has_peak else None
     benchmark.extra_info |= {
         "check": check.name,
         "baseline": check.baseline,
         "baseline_median_s": statistics.median(others),
         "ratio": statistics.median(other / time for other, time in zip(others, own, strict=True)),
-        "peak_bytes": None if ours.peak is None else ours.peak(),
-        "tflops": 1e-12 * flops / statistics.median(own),
+        "peak_bytes": peak,
+        "tflops": 1e-12 * ours.work[0] / statistics.median(own),
         "matmul_tflops": measure.matmul_ceiling(device, ours.products or check.case.dtype),
         **{name: around[name] for name in ("commit", "torch", "triton", "device", "threads")},
     }

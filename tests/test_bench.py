@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import baselines, graph, measure, problems, report, results, scores
+from bench import baselines, cases, graph, measure, problems, report, results, scores
 from bench.measure import Provider
 
 CPU = torch.device("cpu")
 MEGABYTES = 64
-CLASSES, PAIRS = (scores.TINY[op][0]._replace(dtype=torch.float64) for op in ("classes", "pairs"))
+CLASSES, PAIRS = (case._replace(dtype=torch.float64) for case in scores.TINY)
 EXACT = problems.Tolerance(1e-12, 1 - 1e-12, 1e-12)
 
 
@@ -43,9 +43,13 @@ def expect_two(result: object) -> None:
     assert result == 2, f"{result} is not 2"
 
 
+def provider(name: str, function: measure.Call, check: Callable[[object], float | None], note: str = "") -> Provider:
+    return Provider(name, lambda: function, check, (1e6, 2e6), note)
+
+
 def measured(*providers: Provider, repeats: int = 3) -> list[results.Row]:
-    options = {"base": providers[0].name, "repeats": repeats, "device": CPU, "work": (1e6, 2e6), "part": "step"}
-    return measure.rows("op", "case", torch.float32, providers, **options, memory=False)
+    case = cases.Case("op", (9, 9), repeats=repeats)
+    return measure.rows(case, "match", providers, CPU, memory=False, base=providers[0].name)
 
 
 # Times
@@ -53,19 +57,20 @@ def measured(*providers: Provider, repeats: int = 3) -> list[results.Row]:
 
 def test_providers_run_in_turn_after_a_warm_up_each() -> None:
     calls: list[str] = []
-    providers = [Provider(name, partial(calls.append, name), accept) for name in "abc"]
-    timings = measure.compare(providers, base="a", repeats=2, device=CPU)
+    providers = [provider(name, partial(calls.append, name), accept) for name in "abc"]
+    timings = measure.compare(providers, 2, CPU)
     assert "".join(calls) == "abc" * 3
     assert all(len(timing.seconds) == 2 for timing in timings.values())
 
 
 def test_the_ratio_is_the_median_of_the_ratios_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1.0, 3.0, 2.0, 2.0, 4.0, 8.0])  # a b a b a b: ratios 3, 1, 2; the ratio of the medians is 3 / 2
+    ceilings = measure.copy_ceiling(CPU), measure.matmul_ceiling(CPU, torch.float32)  # cached
     monkeypatch.setattr(measure, "stopwatch", lambda device: lambda function: next(clock))
-    providers = [Provider(name, lambda: None, accept) for name in "ab"]
-    timings = measure.compare(providers, base="a", repeats=3, device=CPU)
-    assert [timings[name].ratio for name in "ab"] == [1.0, 2.0]
-    assert timings["b"].quartiles == (2.5, 3.0, 5.5)
+    base, other = measured(*(provider(name, lambda: None, accept) for name in "ab"))
+    assert (base.ratio, other.ratio) == (1.0, 2.0)
+    assert (other.lower_s, other.median_s, other.upper_s) == (2.5, 3.0, 5.5)
+    assert (other.copy_gbs, other.matmul_tflops) == ceilings
 
 
 def test_a_wrong_result_or_an_error_has_no_time() -> None:
@@ -80,11 +85,11 @@ def test_a_wrong_result_or_an_error_has_no_time() -> None:
         raise ImportError("no compiler")
 
     rows = measured(
-        Provider("wrong", lambda: 3, expect_two),
-        Provider("right", lambda: 2, expect_two),
-        Provider("fails later", partial(fail, 2), accept),
-        Provider("fails", partial(fail, 0), accept, note="a note"),
-        Provider("unprepared", measure.attempt(prepare), accept),
+        provider("wrong", lambda: 3, expect_two),
+        provider("right", lambda: 2, expect_two),
+        provider("fails later", partial(fail, 2), accept),
+        provider("fails", partial(fail, 0), accept, note="a note"),
+        Provider("unprepared", prepare, accept, (1e6, 2e6)),
     )
     assert [row.status for row in rows] == [
         "wrong: 3 is not 2",
@@ -100,33 +105,27 @@ def test_a_wrong_result_or_an_error_has_no_time() -> None:
     assert "| fails |  |  |  |  |  |  |  | failed: MemoryError: no room; a note |" in results.markdown(rows)
 
 
-def test_a_provider_may_have_fewer_rounds_and_other_work() -> None:
-    sleep = partial(time.sleep, 0.001)
-    every, fewer = measured(
-        Provider("every", sleep, accept), Provider("fewer", sleep, accept, rounds=2, work=(5e6, 7e6))
-    )
-    assert (every.repeats, fewer.repeats) == (3, 2)
-    for row, flops, moved in ((every, 1e6, 2e6), (fewer, 5e6, 7e6)):
-        assert row.tflops == pytest.approx(flops / row.median_s / 1e12)
-        assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
-        assert row.share_of_copy == pytest.approx(moved / row.median_s / 1e9 / row.copy_gbs)
-        assert "op case step float32" in results.markdown([row])
+def test_work_and_its_shares_of_the_ceilings() -> None:
+    (row,) = measured(provider("sleep", partial(time.sleep, 0.001), accept))
+    assert row.repeats == 3
+    assert row.tflops == pytest.approx(1e6 / row.median_s / 1e12)
+    assert row.share_of_matmul == pytest.approx(row.tflops / row.matmul_tflops)
+    assert row.share_of_copy == pytest.approx(2e6 / row.median_s / 1e9 / row.copy_gbs)
+    assert "op 9x9 match float32" in results.markdown([row])
 
 
 def _fill(megabytes: int) -> Tensor:
-    filled = torch.ones(megabytes * 2**18)  # fp32: written, so resident
-    time.sleep(0.02)
-    return filled
+    return torch.ones(megabytes * 2**18)  # fp32: written, so resident
 
 
-def _calls() -> tuple[measure.Call, measure.Call]:
+def _make_fill(megabytes: int) -> measure.Call:
     _fill(96)  # memory that was freed before does not count
-    return partial(_fill, 1), partial(_fill, MEGABYTES)
+    return partial(_fill, megabytes)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_of_a_known_allocation() -> None:
-    peak = measure.resident_peak(_calls)
+    peak = measure.resident_peak(_make_fill, 1, MEGABYTES)
     assert peak is not None
     assert abs(peak - MEGABYTES * 2**20) < 16 * 2**20
 
@@ -141,32 +140,32 @@ def test_peak_memory_and_time_on_a_gpu(device: torch.device) -> None:
 # The class graph
 
 
+TABLE, K = graph.build(graph.TINY[0], CPU), graph.TINY[0].sizes[-1]
+
+
 @pytest.fixture(scope="module")
-def tiny() -> tuple[graph.Case, Tensor, graph.Expected]:
-    table = graph.synthetic_table(graph.TINY, CPU)
-    return graph.TINY, table, graph.expected_neighbors(graph.TINY, table)
+def expected() -> graph.Expected:
+    return graph.expected_neighbors(TABLE, K)
 
 
-def test_expected_neighbors_are_those_of_the_whole_matrix(tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
-    case, table, expected = tiny
-    wide = table.double()
+def test_expected_neighbors_are_those_of_the_whole_matrix(expected: graph.Expected) -> None:
+    wide = TABLE.double()
     similarities = wide @ wide.T / wide.norm(dim=1) / wide.norm(dim=1, keepdim=True)
-    best = similarities.fill_diagonal_(-math.inf)[expected.rows].topk(case.k)
+    best = similarities.fill_diagonal_(-math.inf)[expected.rows].topk(K)
     assert torch.equal(expected.ids, best.indices)
     assert torch.allclose(expected.values, best.values)
     # the table has groups, and norms that differ
     assert expected.values[:, 0].median() > similarities.clamp_min(-1).median() + 0.4
-    assert table.norm(dim=1).max() > 3 * table.norm(dim=1).min()
+    assert TABLE.norm(dim=1).max() > 3 * TABLE.norm(dim=1).min()
 
 
-def test_a_wrong_graph_is_rejected(tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
-    case, table, expected = tiny
-    similarities, ids = graph._strips(case, table, 100)()
+def test_a_wrong_graph_is_rejected(expected: graph.Expected) -> None:
+    similarities, ids = graph._strips(TABLE, K, 100)()
     assert similarities is not None
-    check = partial(graph.check, case, expected, 1e-5, 1e-5)
+    check = partial(graph.check, expected, 1e-5, 1e-5)
     assert check((similarities, ids)) == 1.0
     assert check((None, ids.flip(1))) == 1.0  # a set
-    row, far = int(expected.rows[3]), int(expected.similarities[3].argsort()[case.k])
+    row, far = int(expected.rows[3]), int(expected.similarities[3].argsort()[K])
 
     def changed(tensor: Tensor, column: int, value: float) -> Tensor:
         copy = tensor.clone()
@@ -182,7 +181,7 @@ def test_a_wrong_graph_is_rejected(tiny: tuple[graph.Case, Tensor, graph.Expecte
         ((changed(similarities, 0, math.nan), ids), "similarities are off by nan"),
         ((similarities, changed(ids, 0, row)), "a class is its own neighbour"),
         ((similarities, changed(ids, 0, int(ids[row, 1]))), "a neighbour is listed twice"),
-        ((similarities, changed(ids, 0, case.classes)), "id 600 of 600 classes"),
+        ((similarities, changed(ids, 0, len(TABLE))), "id 600 of 600 classes"),
         ((similarities, changed(ids, 0, -1)), "id -1 is negative"),
         ((similarities, ids[:, 1:]), r"ids \[600, 8\] instead of \[600, 9\]"),
     ]
@@ -192,12 +191,11 @@ def test_a_wrong_graph_is_rejected(tiny: tuple[graph.Case, Tensor, graph.Expecte
 
 
 @pytest.mark.parametrize("rescore", [False, True])
-def test_bf16_graphs_have_the_errors_they_claim(rescore: bool, tiny: tuple[graph.Case, Tensor, graph.Expected]) -> None:
-    case, table, expected = tiny
-    half = graph.rounding_error(torch.bfloat16, case.dim)
-    value_error = graph.rounding_error(torch.float32, case.dim) if rescore else half
-    result = graph._ours(case, table, torch.bfloat16, rescore)()
-    assert graph.check(case, expected, half, value_error, result) > 0.9
+def test_bf16_graphs_have_the_errors_they_claim(rescore: bool, expected: graph.Expected) -> None:
+    half = graph.rounding_error(torch.bfloat16, TABLE.shape[1])
+    value_error = graph.rounding_error(torch.float32, TABLE.shape[1]) if rescore else half
+    result = graph._ours(TABLE, K, torch.bfloat16, rescore)()
+    assert graph.check(expected, half, value_error, result) > 0.9
 
 
 def test_exclude_self_drops_the_last_if_a_class_is_not_in_its_list() -> None:
@@ -212,12 +210,12 @@ def test_exclude_self_drops_the_last_if_a_class_is_not_in_its_list() -> None:
 
 @pytest.fixture
 def classes() -> problems.Problem:
-    return problems.build("classes", CLASSES, CPU)
+    return problems.build(CLASSES, CPU)
 
 
 @pytest.fixture
 def pairs() -> problems.Problem:
-    return problems.build("pairs", PAIRS, CPU)
+    return problems.build(PAIRS, CPU)
 
 
 def gradients_of(problem: problems.Problem, values: Tensor) -> list[Tensor]:
@@ -225,41 +223,35 @@ def gradients_of(problem: problems.Problem, values: Tensor) -> list[Tensor]:
 
 
 def test_the_expected_result_is_that_of_the_baselines(classes: problems.Problem, pairs: problems.Problem) -> None:
-    matcher, maps = classes.matcher, classes.gallery
-    for problem, values in (
-        (classes, baselines.per_label(matcher, classes.probe, classes.labels)),
-        (classes, baselines.vectorised(matcher, classes.probe, classes.labels, 2)),
-        (classes._replace(labels=None), baselines.all_pairs(matcher, classes.probe, maps)),
-        (pairs, baselines.all_pairs(pairs.matcher, pairs.probe, pairs.gallery)),
-        (pairs, baselines.all_pairs_tuned(pairs.matcher, pairs.probe, pairs.gallery)),
+    for problem, score in (
+        (classes, baselines.per_label),
+        (classes, baselines.vectorised),
+        (classes._replace(labels=None), baselines.all_pairs),
+        (pairs, baselines.all_pairs),
+        (pairs, baselines.all_pairs_tuned),
     ):
-        expected = problems.expected_result(problem, training=True)
+        expected, values = problems.expected_result(problem, "step"), score(problem)
         problems.check_scores(expected, EXACT, values)
         problems.check_gradients(expected, EXACT, gradients_of(problem, values))
     pairs.matcher.eval()
-    values = baselines.match(baselines.all_pairs, pairs.matcher, pairs.probe, pairs.gallery)
-    problems.check_scores(problems.expected_result(pairs, training=False), EXACT, values)
+    values = baselines.match(baselines.all_pairs, pairs)
+    problems.check_scores(problems.expected_result(pairs, "match"), EXACT, values)
 
 
-def test_a_sample_of_a_large_problem_is_part_of_the_whole(
-    pairs: problems.Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, in_eval = (problems.expected_result(pairs, training) for training in (True, False))
+def test_blocks_and_a_sample_of_probes_give_the_same(pairs: problems.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, in_eval = (problems.expected_result(pairs, part) for part in ("step", "match"))
     monkeypatch.setattr(problems, "BLOCK", 3 * 5 * 6**2)  # three gallery maps at a time
     monkeypatch.setattr(problems, "MAX_EXPECTED_PAIRS", 14)
-    sample = problems.expected_result(pairs, training=True)
-    assert sample.ids.tolist() == [0, 1, 2]
-    assert torch.allclose(sample.scores, whole.scores, atol=1e-12)
-    assert torch.allclose(sample.gallery, whole.gallery[:3], atol=1e-12)
-    assert torch.allclose(sample.probe, whole.probe[:2], atol=1e-12)
-    some = problems.expected_result(pairs, training=False)
-    assert some.rows.tolist() == [0, 4]
-    assert torch.allclose(some.scores, in_eval.scores[[0, 4]], atol=1e-12)
+    for part, expected in zip(problems.expected_result(pairs, "step"), whole, strict=True):
+        assert torch.allclose(part, expected, atol=1e-12)
+    sample = problems.expected_result(pairs, "match")
+    assert sample.rows.tolist() == [0, 4]
+    assert torch.allclose(sample.scores, in_eval.scores[[0, 4]], atol=1e-12)
 
 
 def test_wrong_scores_and_gradients_are_rejected(classes: problems.Problem) -> None:
-    expected, limit = problems.expected_result(classes, training=True), problems.tolerance(torch.float32)
-    values = baselines.vectorised(classes.matcher, classes.probe, classes.labels, 2)
+    expected, limit = problems.expected_result(classes, "step"), problems.tolerance(torch.float32)
+    values = baselines.vectorised(classes)
     gradients = gradients_of(classes, values)
     column = int((expected.scores[0] == 0).nonzero()[0])
     for value, message in ((float("nan"), "scores are not finite"), (0.1, "scores are off")):
@@ -271,7 +263,8 @@ def test_wrong_scores_and_gradients_are_rejected(classes: problems.Problem) -> N
         with pytest.raises(AssertionError, match=r"scores \["):
             problems.check_scores(expected, limit, part)
     elsewhere = gradients[1].clone()
-    elsewhere[expected.untouched[-1], 3, 1, 0] = 1e-30
+    untouched = set(range(len(elsewhere))) - set(expected.ids.tolist())
+    elsewhere[max(untouched), 3, 1, 0] = 1e-30
     ids = expected.ids[1:].unsqueeze(0)
     fewer = torch.sparse_coo_tensor(ids, gradients[1][ids[0]], gradients[1].shape, check_invariants=True)
     for position, gradient, message in (
@@ -291,7 +284,7 @@ def test_maxsim_both_ways_is_the_sum_of_pooled_values(pairs: problems.Problem) -
         return torch.einsum("qsc,drc->qdsr", queries, documents).amax(3).sum(2)
 
     method = scores.Method(partial(scores.maxsim_both_ways, maxsim), sums=True)
-    expected = problems.expected_result(pairs, training=True, sums=True)
+    expected = problems.expected_result(pairs, "step", sums=True)
     problems.check_scores(expected, EXACT, scores.prepare(method, pairs, "forward")())
     for part in ("backward", "step"):
         problems.check_gradients(expected, EXACT, scores.prepare(method, pairs, part)())
@@ -300,13 +293,13 @@ def test_maxsim_both_ways_is_the_sum_of_pooled_values(pairs: problems.Problem) -
 def test_useful_work(classes: problems.Problem, pairs: problems.Problem) -> None:
     flops = 2 * 6 * 6 * 16
     work = problems.useful_work
-    assert [work(classes, part)[0] / (6 * 5 * flops) for part in problems.TRAINING] == [1, 2, 3]
+    assert [work(classes, part)[0] / (6 * 5 * flops) for part in cases.TRAINING] == [1, 2, 3]
     assert work(classes._replace(labels=None), "forward")[0] == 6 * 40 * flops
     maps, values, pooled = 8 * (5 + 7) * 6 * 16, 8 * 5 * 7, 5 * 7 * 12 * (8 + 1)
     assert work(pairs, "match") == (5 * 7 * flops, maps + values)
     assert work(pairs, "forward")[1] == maps + values + pooled
     assert work(pairs, "step")[1] == 3 * maps + 2 * (values + pooled)
-    assert graph.useful_work(graph.TINY) == (600 * 599 * 64, 4 * 600 * 64 + 600 * 9 * (4 + 8))
+    assert graph.useful_work(graph.TINY[0]) == (600 * 599 * 64, 4 * 600 * 64 + 600 * 9 * (4 + 8))
 
 
 # From the command line to the files
@@ -320,16 +313,16 @@ def test_tiny_cases_from_the_command_line_to_the_file(
     (path,) = tmp_path.glob(f"*/{op}.csv")
     found = {(row.part, row.provider): row for row in results.read(path)}
     if op == "graph":
-        assert set(found) == {("", name) for name in graph.methods(graph.TINY, CPU)}
+        assert set(found) == {("", name) for name in graph.methods(graph.TINY[0], CPU)}
     else:
-        (case,) = scores.TINY[op]
+        (case,) = (case for case in scores.TINY if case.op == op)
         assert set(found) == {
             (part, name) for part in case.parts for name in scores.methods(op, part, CPU) if name in case.only
         }
     printed = capsys.readouterr().out
     for (part, name), row in found.items():
         assert row.status == "ok", row
-        assert row.base == graph.OURS
+        assert row.base == cases.OURS
         assert row.lower_s <= row.median_s <= row.upper_s
         assert min(row.ratio, row.tflops, row.share_of_copy, row.threads) > 0
         assert row.recall == (1.0 if op == "graph" else None)
@@ -348,23 +341,24 @@ def test_tiny_cases_in_other_dtypes_and_compiled(dtype: str) -> None:
     for options in ([], ["--providers", "compiled"]):
         for op in ("classes", "pairs"):
             given = [op, "--tiny", "--dtype", dtype, "--device", "cpu", "--no-memory", *options]
-            for rows in scores.run(command.parser().parse_args(given)):
+            for rows in command.run(command.parser().parse_args(given)):
                 assert [row.status for row in rows] == ["ok"] * len(rows), rows
 
 
 def test_cases_are_selected_by_name_part_and_dtype() -> None:
-    def selected(*given: str) -> list[problems.Case]:
-        return scores.selected_cases(command.parser().parse_args([*given, "--device", "cpu"]))
+    def selected(*given: str) -> list[cases.Case]:
+        return cases.select(scores.CPU_CASES, command.parser().parse_args(given))
 
     for op in ("classes", "pairs"):
-        assert selected(op) == scores.CPU_CASES[op]
-        for case in scores.CPU_CASES[op]:
+        assert selected(op) == [case for case in scores.CPU_CASES if case.op == op]
+        for case in selected(op):
             assert [again.sizes for again in selected(op, "--cases", case.name)] == [case.sizes]
     assert [case.parts for case in selected("pairs", "--parts", "step", "match")] == [("step",), ("match",), ("match",)]
+    assert selected("pairs", "--cases", "64x1000x512x7x7", "--parts", "step")[0].parts == ("step",)
     half = selected("classes", "--dtype", "bfloat16")
     assert {case.dtype for case in half} == {torch.bfloat16}
     assert len({case.name for case in half}) == len(half)
-    assert selected("pairs", "--cases", "8x9x4x2x2")[0].parts == scores.MATCH
+    assert selected("pairs", "--cases", "8x9x4x2x2") == [cases.Case("pairs", (8, 9, 4, 2, 2), cases.PARTS["pairs"])]
     for op, name in (("classes", "64x64x512x7x7"), ("pairs", "8x8"), ("pairs", "8x8x0x2x2")):
         with pytest.raises(ValueError, match=name):
             selected(op, "--cases", name)
@@ -377,7 +371,7 @@ def test_rows_survive_the_file_and_replace_earlier_ones(tmp_path: Path) -> None:
         part="forward", share_of_copy=0.25,
     )  # fmt: skip
     assert all(getattr(row, field.name) != field.default for field in dataclasses.fields(row))
-    (path,) = results.save([row], tmp_path)
+    path = results.save([row], tmp_path)
     assert path == tmp_path / "some-cpu-2-ghz" / "graph.csv"
     assert results.read(path) == [row]
     newer = dataclasses.replace(row, median_s=0.3)

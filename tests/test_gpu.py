@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import graph, problems
+from bench.cases import Case
 from qaconv_triton import QAConv, SoftmaxTripletLoss, functional, reference
 
 BLOCK_COLUMNS, K = 128, 30
@@ -61,12 +62,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("overflow", [False, True])
 def test_class_graph(dtype: torch.dtype, overflow: bool, device: torch.device) -> None:
     table = adversarial_table()[: None if CUDA else 400].to(dtype)
-    case = graph.Case(*table.shape, K)
     # as a previous graph the farthest classes give thresholds so low that the buffers overflow
     previous = reference.cosine_topk(table.double(), -table.double(), K)[1].to(device) if overflow else None
     found = functional.class_neighbors(table.to(device), K, return_similarities=True, previous=previous)
-    expected = graph.expected_neighbors(case, table)
-    recall = graph.check(case, expected, 2e-5, 2e-5, (found[0].cpu(), found[1].cpu()))
+    expected = graph.expected_neighbors(table, K)
+    recall = graph.check(expected, 2e-5, 2e-5, (found[0].cpu(), found[1].cpu()))
     assert recall > 0.99
 
 
@@ -97,10 +97,9 @@ def test_scores_and_gradients(
 ) -> None:
     if sparse_grad and op == "pairs":
         pytest.skip("a gallery's gradient is dense")
-    case = problems.Case(sizes, dtype=dtype)
-    problem = problems.build(op, case, torch.device("cpu"), sparse_grad)
+    problem = problems.build(Case(op, sizes, dtype=dtype), torch.device("cpu"), sparse_grad)
     limit = problems.tolerance(autocast_dtype or dtype)
-    in_eval, in_training = (problems.expected_result(problem, training) for training in (False, True))
+    in_eval, in_training = (problems.expected_result(problem, part) for part in ("match", "step"))
     problem = _moved(problem, device)
     matcher = problem.matcher
     score = partial(matcher, problem.probe, problem.gallery)
@@ -111,7 +110,7 @@ def test_scores_and_gradients(
     with torch.no_grad(), autocast():
         problems.check_scores(in_eval, limit, score().cpu())
         matched = matcher.match(problem.probe, problem.gallery)
-        every_pair = problems.expected_result(problem._replace(labels=None), training=False)
+        every_pair = problems.expected_result(problem._replace(labels=None), "match")
     problems.check_scores(every_pair, limit, matched)
     matcher.train()
     with autocast():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from bench import graph, scores
-from bench.problems import Case
+from bench.cases import Case
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -25,13 +26,13 @@ PLUGIN = """
 from pathlib import Path
 import torch
 from bench import baselines, measure, scores
-from bench.problems import Case
+from bench.cases import Case
 
 def pytest_configure(config):
     import perf_gate
     perf_gate.FLOORS = Path(__file__).with_name("floors.json")
-    tiny = Case((5, 7, 16, 3, 2), ("match",), repeats=3)
-    perf_gate.checks = lambda device: [perf_gate.Check("inference", "pairs", tiny, "match", scores.TUNED)]
+    tiny = Case("pairs", (5, 7, 16, 3, 2), repeats=3)
+    perf_gate.checks = lambda device: [perf_gate.Check("inference", tiny, "match", scores.TUNED)]
     measure.MATMUL_SIZE["cpu"] = 128
     {change}
 """
@@ -129,10 +130,10 @@ def test_every_check_has_a_floor_and_providers() -> None:
         assert set(floors) == {check.name for check in perf_gate.checks(device)}
     for device in (CPU, torch.device("cuda")):
         for check in perf_gate.checks(device):
-            if isinstance(check.case, graph.Case):
+            if check.case.op == "graph":
                 names = set(graph.methods(check.case, device))
             else:
-                names = set(scores.methods(check.op, check.part, device))
+                names = set(scores.methods(check.case.op, check.part, device))
             assert {scores.OURS, check.baseline} <= names
 
 
@@ -148,15 +149,14 @@ def test_times_are_taken_in_turn_by_the_stopwatch_alone(monkeypatch: pytest.Monk
                 setup()
                 target()
 
-    def provider(name: str) -> Any:
-        return SimpleNamespace(function=lambda: calls.append(name), peak=lambda: 7, products=None)
-
+    ours = SimpleNamespace(has_peak=False, products=None, work=(1.0, 1.0))
+    functions = (partial(calls.append, name) for name in ("ours", "baseline"))
     clock = perf_gate.Clock()
     monkeypatch.setattr(perf_gate, "clock", clock)
     monkeypatch.setattr(perf_gate, "_watch", lambda device: lambda function: (function(), 3.0)[1])
-    monkeypatch.setattr(perf_gate, "prepare", lambda check, device: (provider("ours"), provider("baseline"), 1.0))
-    fixture, case = Fixture(), Case((5, 7, 16, 3, 2), repeats=2)
-    perf_gate.run(perf_gate.Check("inference", "pairs", case, "match", scores.TUNED), fixture, CPU)
+    monkeypatch.setattr(perf_gate, "prepare", lambda check, device: (ours, *functions))
+    fixture, case = Fixture(), Case("pairs", (5, 7, 16, 3, 2), repeats=2)
+    perf_gate.run(perf_gate.Check("inference", case, "match", scores.TUNED), fixture, CPU)
     assert calls == ["baseline", "ours"] * (2 + perf_gate.WARM_UP_ROUNDS)
     assert clock() == 3.0 * (2 + perf_gate.WARM_UP_ROUNDS)
     assert fixture.extra_info["ratio"] == (3.0 / 0.5 + 3.0 / 2.0) / 2
