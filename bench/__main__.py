@@ -7,8 +7,6 @@ python -m bench report              docs/benchmarks.md and its plots, from the C
 python -m bench static --arch 90    what the compiler makes of the kernels (tests/static)
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys
@@ -19,7 +17,7 @@ import torch
 
 from . import cases, measure, results
 
-COMMANDS = {"static": "tests.static.report", "report": "bench.report"}  # with main(arguments)
+COMMANDS = {"static": "bench.static", "report": "bench.report"}  # with main(arguments)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 

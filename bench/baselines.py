@@ -3,8 +3,6 @@
 Each takes a problem with the parameters of its `QAConv`, so that results and gradients can be compared one by one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Sizes to measure, and which of them the command line names."""
 
-from __future__ import annotations
-
 import importlib
 from argparse import Namespace
 from collections.abc import Sequence

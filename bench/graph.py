@@ -6,8 +6,6 @@ Useful FLOPs are every unordered pair of classes once, N (N - 1) D, for every pr
 of the similarity matrix does twice that. Useful bytes are the table read once, similarities and ids written once.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial

@@ -3,8 +3,6 @@
 An op's module describes what it compares as `Provider`s; `rows` checks them, times them in turn and reports them.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import multiprocessing

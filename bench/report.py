@@ -3,8 +3,6 @@
 python -m bench report --output docs
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Rows of results: their CSV files and their tables."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ The class graph is not measured here: neighbours are drawn at random. Beside the
 labels, which scores every class.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Callable
