@@ -40,6 +40,15 @@ def test_training_script() -> None:
     assert names["matcher"].bn.num_batches_tracked == 2 * 2 * 24  # two forwards for each class's batch, two epochs
 
 
+def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "evaluation.md")
+    assert names["metrics"].num_queries == 20
+    assert names["merged_indices"].shape == (20, 100)
+    assert names["indices"].shape == names["scores"].shape == (20, 100)
+    assert 0 <= names["verification"].accuracy <= 1
+
+
 def test_code_for_those_who_come_from_qaconv() -> None:
     names = run(DOCS / "coming-from-qaconv.md")
     assert names["scores"].shape == (8, 8)
