@@ -15,10 +15,11 @@ from time import perf_counter, process_time
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, normalize
 
 from qaconv_triton import QAConv
 from qaconv_triton.evaluation import load_features, rank_gallery
+from qaconv_triton.functional import topk_cosine
 
 TOP = 10
 IDENTITIES = 750
@@ -64,24 +65,37 @@ def main(arguments: list[str] | None = None) -> None:
         query, gallery = make_maps(queries, tuple(sizes), 1), make_maps(items, tuple(sizes), 2)
     shape = tuple(gallery.shape[1:])
     matcher = (load_matcher(options.weights, shape) if options.weights else QAConv(*shape)).to(options.device)
-    count = min(options.queries, len(query))
-    print(f"{len(query):,} queries, {len(gallery):,} gallery maps {list(shape)} {gallery.dtype} on {options.device}, ")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"| scored | queries | pairs | seconds | processor seconds | recall of the {TOP} best |")
-    print("|---|---|---|---|---|---|")
+    count, locations = min(options.queries, len(query)), shape[1] * shape[2]
+    flops = 2 * locations**2 * shape[0] * len(query) * len(gallery)
+    print(f"{len(query):,} queries, {len(gallery):,} gallery maps {list(shape)} {gallery.dtype} on {options.device},")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}. All pairs: {flops:.2e} FLOPs of products.\n")
+    print(f"| scored | queries | pairs | seconds | processor seconds | recall of the {TOP} best | of pooled maps |")
+    print("|---|---|---|---|---|---|---|")
     rank_gallery(matcher, query[:2], gallery[:4], 1)  # loads what the first call loads
     best = torch.empty(0)
     for prefilter in [None, *options.prefilter]:
         used = query[:count] if prefilter is None else query
         started, processor = perf_counter(), process_time()
-        _, indices = rank_gallery(matcher, used, gallery, TOP, prefilter=prefilter)
-        indices = indices.cpu()
+        indices = rank_gallery(matcher, used, gallery, TOP, prefilter=prefilter)[1].cpu()
         seconds, processor = perf_counter() - started, process_time() - processor
-        best = indices if prefilter is None else best
-        recall = (indices[:count, :, None] == best[:, None]).any(2).double().mean().item()
-        pairs = len(used) * (prefilter or len(gallery))
-        name = "all pairs" if prefilter is None else f"the nearest {prefilter}"
-        print(f"| {name} | {len(used):,} | {pairs:,} | {seconds:.1f} | {processor:.1f} | {recall:.3f} |", flush=True)
+        if prefilter is None:
+            best, name, pooled = indices, "all pairs", "1.000"
+        else:
+            candidates = topk_cosine(pool(query[:count]), pool(gallery), prefilter)[1]
+            name, pooled = f"the nearest {prefilter}", f"{recall(candidates, best):.3f}"
+        found, pairs = recall(indices[:count], best), len(used) * (prefilter or len(gallery))
+        row = name, f"{len(used):,}", f"{pairs:,}", f"{seconds:.1f}", f"{processor:.1f}", f"{found:.3f}", pooled
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def recall(indices: Tensor, best: Tensor) -> float:
+    """The share of `best [Q, TOP]` that is in the same row of `indices`."""
+    return (best.unsqueeze(2) == indices.unsqueeze(1)).any(2).double().mean().item()
+
+
+def pool(maps: Tensor) -> Tensor:
+    """The mean of each map's normalised locations `[M, C]`, the prefilter that was not taken."""
+    return torch.cat([normalize(part.float(), dim=1).mean(dim=(2, 3)) for part in maps.split(1024)])
 
 
 if __name__ == "__main__":
