@@ -29,8 +29,10 @@ from pathlib import Path
 import torch
 from glyph_data import CELLS, GALLERY_FACES, QUERY_FACE, Glyphs, load_glyphs, misalign, normalize, occlude
 from glyph_pictures import draw_accuracy, draw_correspondences, draw_neighbors
-from recipe import Backbone, ClassBatches, MatchingLoss, PooledLoss, Recipe, bootstrap_interval, fit, make_loss, rank
+from recipe import Backbone, ClassBatches, MatchingLoss, PooledLoss, Recipe, bootstrap_interval, fit, make_loss
 from torch import Tensor
+
+from qaconv_triton.evaluation import query_metrics
 
 METHODS = {
     "pooled": "pooled features, cosine",
@@ -53,7 +55,8 @@ class TestSet:
     queries: dict[str, Tensor]  # clean, misaligned, occluded
     visibility: Tensor  # [M, 1, 6, 6] of the occluded queries
     gallery: Tensor
-    same: Tensor  # [M, G], whether query and gallery picture show one character
+    labels: Tensor  # [M], the character that a query shows
+    gallery_labels: Tensor  # [G]
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def make_test_set(glyphs: Glyphs, clutter: Glyphs) -> TestSet:
     cover = clutter.images[others, QUERY_FACE].unsqueeze(1)
     occluded, visibility = occlude(queries, cover, OCCLUDED_SHARE, generator)
     versions = {"clean": queries, "misaligned": misalign(queries, generator), "occluded": occluded}
-    return TestSet(versions, visibility, gallery, query_labels[:, None] == gallery_labels)
+    return TestSet(versions, visibility, gallery, query_labels, gallery_labels)
 
 
 def run(name: str, recipe: Recipe, seed: int, glyphs: Glyphs, test: TestSet, options: argparse.Namespace) -> Run:
@@ -152,12 +155,10 @@ def evaluate(
     queries, gallery = (
         torch.cat([backbone(normalize(part.to(device))) for part in each.split(512)]) for each in pictures
     )
-    if kind == "with visibility":
-        scores = loss_function.match(queries, gallery, test.visibility.to(device))
-    else:
-        scores = loss_function.match(queries, gallery)
+    visibility = [test.visibility.to(device)] if kind == "with visibility" else []
     backbone.train(was_training)
-    return rank(scores.cpu(), test.same)
+    metrics = query_metrics(loss_function.rank(queries, gallery, *visibility).cpu(), test.labels, test.gallery_labels)
+    return (metrics.first_match == 1).double(), metrics.average_precision
 
 
 def run_all(tasks: list[tuple], options: argparse.Namespace) -> list[Run]:

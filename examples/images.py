@@ -28,11 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from recipe import Backbone, ClassBatches, MatchingLoss, PooledLoss, Recipe, bootstrap_interval, fit, make_loss, rank
+from recipe import Backbone, ClassBatches, MatchingLoss, PooledLoss, Recipe, bootstrap_interval, fit, make_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from qaconv_triton.evaluation import query_metrics, save_features
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 MARKET_NAME = re.compile(r"^(-?\d+)_c(\d+)")  # identity and camera
@@ -320,26 +322,31 @@ def evaluate(
     queries: list[Picture],
     gallery: list[Picture],
     options: argparse.Namespace,
+    features: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank-1 and average precision of every query that has a true match.
 
     What the query's own camera took of its identity does not count, nor does the query itself.
+    The feature maps go to two files of the folder `features`, if there is to be one.
     """
     maps, gallery_maps = (extract(trunk, pictures, options) for pictures in (queries, gallery))
-    identities, gallery_identities = number([[item.identity for item in part] for part in (queries, gallery)])
+    ids, gallery_ids = number([[item.identity for item in part] for part in (queries, gallery)])
     # where the camera is unknown, only the query's own picture is of the same one
     cameras, gallery_cameras = number([[item.camera or str(item.path) for item in part] for part in (queries, gallery)])
+    if features is not None:
+        features.mkdir(parents=True, exist_ok=True)
+        paths = [[item.path for item in part] for part in (queries, gallery)]
+        save_features(features / "query.safetensors", maps, ids, cameras, paths=paths[0])
+        save_features(features / "gallery.safetensors", gallery_maps, gallery_ids, gallery_cameras, paths=paths[1])
     results = []
     for rows in torch.arange(len(queries)).split(BATCH):
-        same = identities[rows, None] == gallery_identities
-        left_out = same & (cameras[rows, None] == gallery_cameras)
-        scores = loss_function.match(maps[rows.to(maps.device)], gallery_maps).cpu()
-        results.append(torch.stack(rank(scores, same, left_out)))
-    rank1, precision = torch.cat(results, dim=1)
+        indices = loss_function.rank(maps[rows.to(maps.device)], gallery_maps).cpu()
+        results.append(query_metrics(indices, ids[rows], gallery_ids, cameras[rows], gallery_cameras))
+    precision, _, first = (torch.cat(parts) for parts in zip(*results, strict=True))
     found = ~precision.isnan()
     if not found.any():
         raise SystemExit("no query has a true match in the gallery: same identity, another camera")
-    return rank1[found], precision[found]
+    return (first[found] == 1).double(), precision[found]
 
 
 def number(names: list[list[str]]) -> list[Tensor]:
@@ -376,6 +383,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="(1)")
     parser.add_argument("--device", type=torch.device, default=cuda, help=f"({cuda})")
     parser.add_argument("--output", type=Path, default=Path("out/images"), help="for results and weights (out/images)")
+    parser.add_argument("--save-features", action="store_true", help="write the test's feature maps beside the weights")
     options = parser.parse_args()
     if (options.query is None) != (options.gallery is None):
         parser.error("--query and --gallery come together")
@@ -397,7 +405,8 @@ def main() -> None:
             {"trunk": trunk.state_dict(), "matcher": loss_function.state_dict()}, options.output / f"{method}.pt"
         )
         cells = []
-        for values in evaluate(trunk, loss_function, queries, gallery, options):
+        features = options.output / method if options.save_features else None
+        for values in evaluate(trunk, loss_function, queries, gallery, options, features):
             low, high = bootstrap_interval(values)
             cells.append(f"{values.mean().item():.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {method} | {' | '.join(cells)} | {seconds:.0f} |")

@@ -4,7 +4,7 @@
 - `MatchingLoss`: QAConv; a sample is scored against its class and the K nearest to it, K random ones, or all N.
 - `PooledLoss`: the usual baseline, one vector per picture.
 - `fit`: the training loop.
-- `rank`, `bootstrap_interval`: rank-1 and average precision, query by query, and intervals of their means.
+- `bootstrap_interval`: the interval of a mean over queries.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from qaconv_triton import QAConv, SoftmaxTripletLoss
+from qaconv_triton.evaluation import rank_gallery
 from qaconv_triton.functional import class_neighbors
 from qaconv_triton.losses import batch_hard_hinge
 
@@ -100,9 +101,9 @@ class MatchingLoss(nn.Module):
         _, _, loss, _, _ = self.loss(feature, target)
         return loss
 
-    def match(self, probe: Tensor, gallery: Tensor, probe_occ: Tensor | None = None) -> Tensor:
-        """Scores `[P, G]`; `probe_occ [P, 1, H, W]` says what of the probes is visible."""
-        return self.matcher.match(probe, gallery, probe_occ)
+    def rank(self, query: Tensor, gallery: Tensor, query_occ: Tensor | None = None) -> Tensor:
+        """The whole gallery from best to worst for every query `[Q, G]`; `query_occ [Q, 1, H, W]`: what is visible."""
+        return rank_gallery(self.matcher, query, gallery, len(gallery), query_occ=query_occ)[1]
 
 
 class PooledLoss(nn.Module):
@@ -125,6 +126,10 @@ class PooledLoss(nn.Module):
     def match(self, probe: Tensor, gallery: Tensor) -> Tensor:
         """Cosines `[P, G]`."""
         return pool(probe) @ pool(gallery).mT
+
+    def rank(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """The whole gallery from best to worst for every query `[Q, G]`."""
+        return self.match(query, gallery).argsort(dim=1, descending=True, stable=True)
 
 
 def pool(features: Tensor) -> Tensor:
@@ -254,27 +259,6 @@ def fit(
             step += 1
             yield loss.detach()
         epoch += 1
-
-
-def rank(scores: Tensor, same: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rank-1 (0 or 1) and average precision of every query.
-
-    Args:
-        scores: `[Q, G]`.
-        same: bool `[Q, G]`, whether the two show one identity.
-        left_out: bool `[Q, G]`, gallery items that do not count for a query, such as pictures of the same camera.
-
-    Returns:
-        rank-1 `[Q]`, average precision `[Q]`; NaN for a query without a true match.
-    """
-    if left_out is not None:
-        scores, same = scores.masked_fill(left_out, -torch.inf), same & ~left_out
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    hit = same.gather(1, order).double()
-    place = torch.arange(1, hit.shape[1] + 1, device=hit.device)
-    precision = hit.cumsum(dim=1) / place
-    found = hit.sum(dim=1)
-    return hit[:, 0] / found.clamp(max=1), (precision * hit).sum(dim=1) / found
 
 
 def bootstrap_interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from images import Picture, PictureSet, Trunk, augment, load_sets, number, parse_size
+from images import BATCH, Picture, PictureSet, Trunk, augment, load_sets, number, parse_size
 from lightning.pytorch.callbacks import ModelCheckpoint
-from recipe import rank
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qaconv_triton import GraphSampler, QAConv, SoftmaxTripletLoss
+from qaconv_triton.evaluation import rank_gallery, reid_metrics
 from qaconv_triton.integrations.lightning import GraphSampling
 
-ROWS = 256  # queries that are ranked at a time
+LISTED = 1000  # gallery pictures of each query; true matches beyond count as never found in the mAP
 
 
 class Reid(pl.LightningModule):
@@ -54,12 +54,9 @@ class Reid(pl.LightningModule):
         count = len(data.queries)
         if len(maps) < count + len(data.gallery):  # the sanity check looks at a few pictures only
             return
-        results = []
-        for rows in torch.arange(count).split(ROWS):
-            scores = self.criterion.matcher.match(maps[rows.to(maps.device)], maps[count:]).cpu()
-            results.append(torch.stack(rank(scores, *data.truth_of(rows))))
-        rank1, precision = torch.cat(results, dim=1)
-        self.log_dict({"rank-1": rank1.nanmean(), "mAP": precision.nanmean()}, prog_bar=True, sync_dist=True)
+        _, indices = rank_gallery(self.criterion.matcher, maps[:count], maps[count:], min(LISTED, len(data.gallery)))
+        metrics = reid_metrics(indices, *data.identities, *data.cameras)
+        self.log_dict(metrics.to_dict(ranks=(1,)), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.options.lr)
@@ -80,11 +77,6 @@ class Pictures(pl.LightningDataModule):
         self.identities = number([[picture.identity for picture in part] for part in tested])
         self.cameras = number([[picture.camera or str(picture.path) for picture in part] for part in tested])
 
-    def truth_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether queries and gallery show one identity `[Q, G]`, and whether one camera took both."""
-        same = self.identities[0][rows, None] == self.identities[1]
-        return same, same & (self.cameras[0][rows, None] == self.cameras[1])
-
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         matcher = self.trainer.lightning_module.criterion.matcher
 
@@ -100,7 +92,7 @@ class Pictures(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         pictures: list[Picture] = [*self.queries, *self.gallery]
         dataset = PictureSet(pictures, torch.zeros(len(pictures)), self.options.size)
-        return DataLoader(dataset, batch_size=ROWS, num_workers=self.options.workers)
+        return DataLoader(dataset, batch_size=BATCH, num_workers=self.options.workers)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from qaconv_triton import QAConv
+from qaconv_triton.evaluation import (
+    average_queries,
+    k_reciprocal_rerank,
+    load_features,
+    rank_gallery,
+    reid_metrics,
+    save_features,
+    verification_metrics,
+)
 from qaconv_triton.functional import class_neighbors, max_correlation, topk_cosine
 
 # float64 widens what is left open, bfloat16 rounds it; the kernels' launchers and the CPU path allocate their own.
@@ -113,5 +123,26 @@ def test_matching(value: torch.dtype | str, device: torch.device) -> None:
     def call() -> tuple[Tensor, ...]:
         found = matcher.correspondences(probe, gallery)
         return matcher.match(probe, gallery), matcher.match_pairs(probe, gallery), *found
+
+    check(call, value)
+
+
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_evaluation(value: torch.dtype | str, device: torch.device, tmp_path: Path) -> None:
+    matcher, ids = QAConv(8, 3, 2).to(device), torch.arange(48) % 9
+    query, gallery = torch.randn(8, 8, 3, 2, device=device), torch.randn(40, 8, 3, 2, device=device)
+    both, cpu = [query, gallery], torch.device("cpu")
+
+    def call() -> tuple[Tensor, ...]:
+        save_features(tmp_path / "gallery.safetensors", [gallery.to(cpu)], ids[8:].tolist(), range(40))
+        stored = load_features(tmp_path / "gallery.safetensors")
+        candidates = rank_gallery(matcher, query, gallery, 5, prefilter=20)
+        ranking, neighbors = rank_gallery(matcher, query, stored.maps, 20), rank_gallery(matcher, both, both, 21)
+        reranked = k_reciprocal_rerank(ranking, neighbors, k1=6)
+        merged = average_queries(query, ids[:8].tolist(), [0] * 8)
+        reid = reid_metrics(ranking[1], ids[:8].tolist(), stored.ids, [0] * 8, stored.cameras)
+        pairs = verification_metrics(ranking[0].flatten(), (ids[:8, None] == ids[8 + ranking[1].to(cpu)]).flatten())
+        numbers = torch.tensor([*reid[:2], pairs.eer, pairs.accuracy], dtype=torch.float64, device=cpu)
+        return *candidates, *ranking, *reranked, merged[0], stored.ids, stored.cameras, reid.cmc, pairs.tar, numbers
 
     check(call, value)

@@ -59,6 +59,15 @@ def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "<title>Before training</title>" in Path("report.html").read_text(encoding="utf-8")
 
 
+def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(DOCS / "evaluation.md")
+    assert names["metrics"].num_queries == 20
+    assert names["merged_indices"].shape == (20, 100)
+    assert names["indices"].shape == names["scores"].shape == (20, 100)
+    assert 0 <= names["verification"].accuracy <= 1
+
+
 def test_code_for_those_who_come_from_qaconv() -> None:
     names = run(DOCS / "coming-from-qaconv.md")
     assert names["scores"].shape == (8, 8)

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from qaconv_triton.evaluation import load_features
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "images.py"
 SIZE = 16
 OPTIONS = ("--size", "16", "--stride", "4", "--features", "8", "--batch-size", "8", "--instances", "2", "--epochs", "4")
@@ -78,7 +80,7 @@ def test_every_form_is_trained_on_and_found(
 ) -> None:
     output = tmp_path / "out"
     methods = ["--methods", "pooled", "nearest", "--k-nearest", "3"]
-    arguments = ["images.py", *save(tmp_path / "data"), *OPTIONS, *methods, "--output", str(output)]
+    arguments = ["images.py", *save(tmp_path / "data"), *OPTIONS, *methods, "--output", str(output), "--save-features"]
     monkeypatch.setattr(sys, "argv", arguments)
     images.main()
     printed = capsys.readouterr().out
@@ -89,6 +91,9 @@ def test_every_form_is_trained_on_and_found(
     assert float(rows["nearest"]) >= 0.75  # of eight unseen identities: chance is an eighth
     weights = torch.load(output / "nearest.pt", weights_only=True)
     assert weights["matcher"]["matcher.class_embed"].shape == (8, 8, 4, 4)
+    stored = load_features(output / "nearest" / "query.safetensors")
+    assert f"{len(stored.maps)} queries in a gallery" in counts
+    assert all(Path(path).is_file() for path in stored.paths)
 
 
 def test_a_list_may_leave_cameras_out_and_come_with_queries(images: ModuleType, tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_a_query_is_not_its_own_match(images: ModuleType, tmp_path: Path) -> Non
 
     def average_precision(cameras: list[str | None]) -> list[float]:
         pictures = [images.Picture(tmp_path / str(i), "ab"[i // 2], cameras[i]) for i in range(4)]
-        matcher = Namespace(match=lambda probe, gallery: scores)
+        matcher = Namespace(rank=lambda query, gallery: scores.argsort(dim=1, descending=True))
         trunk, options = Namespace(), Namespace()
         return images.evaluate(trunk, matcher, pictures, pictures, options)[1].tolist()
 

@@ -15,6 +15,7 @@ from inputs import DEVICE, C, H, W, make_matcher, maps, visibility
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaconv_triton.evaluation import rank_gallery, ranking
 
@@ -197,6 +198,28 @@ def test_a_gallery_of_chunks_is_never_held() -> None:
     assert torch.equal(indices, by_sorting(make_matcher().match(QUERY, gallery), K)[1])
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and not value.is_meta and value._base is None:
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("prefilter", [None, 10])
+def test_no_tensor_of_all_pairs_exists(prefilter: int | None) -> None:
+    query, gallery = maps(50, 1), maps(400, 2).cpu().numpy()
+    with LargestTensor() as largest:
+        rank_gallery(make_matcher(), query, gallery, K, prefilter=prefilter)
+    assert 100 < largest.elements < 3000  # 20,000 pairs
+
+
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qaconv_triton.progress.SECONDS_BETWEEN_LINES", 0.0)
     matcher = make_matcher()
@@ -235,6 +258,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"prefilter": 8, "gallery": [GALLERY]}, ValueError, ("prefilter=8 reads the gallery twice", "list")),
     ({"progress": 1}, TypeError, ("progress", "1")),
     ({"query_occ": visibility(Q - 1, 1)}, ValueError, ("query_occ", f"[{Q}, 1, {H}, {W}]", f"[{Q - 1}, 1, {H}, {W}]")),
+    ({"gallery_occ": []}, ValueError, ("gallery_occ", f"[0, 1, {H}, {W}]")),
+    ({"gallery_occ": 5}, TypeError, ("gallery_occ", "int")),
+    ({"gallery_occ": [5]}, TypeError, ("gallery_occ, chunk 1", "int")),
     ({"gallery_occ": [visibility(G, 1)[:4]]}, ValueError, ("gallery_occ", f"[4, 1, {H}, {W}]")),
     ({"gallery": [GALLERY], "gallery_occ": []}, ValueError, ("gallery_occ: expected a chunk for each", "got 0")),
     ({"gallery": [GALLERY], "gallery_occ": [visibility(G, 1)] * 2}, ValueError, ("gallery_occ", "of 1", "got more")),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import functional
+from ..common.dtypes import accumulation_dtype
 from ..matcher import QAConv
 from ..progress import Progress, show_progress
 from ..scores import MAP_BYTES, score_maps
@@ -47,7 +48,8 @@ def rank_gallery(
         matcher: it stays as it is, its mode included.
         query: maps `[Q, C, H, W]`, float16, bfloat16, float32 or float64, on any device: a tensor, which may be
             memory-mapped, as `load_features` returns it, a NumPy array, as `np.memmap`, or an iterable of chunks
-            `[m, C, H, W]` of either kind. An iterable is read into memory. Products are taken in the query's dtype.
+            `[m, C, H, W]` of either kind. An iterable is read into memory. Products are taken in the query's dtype, but
+            on a CPU, where half precision is no faster, in fp32 (fp64 for fp64).
         gallery: maps `[G, C, H, W]`, likewise. An iterable is read once, chunk by chunk, and never held.
         k: between 1 and G; with `prefilter` up to that.
         query_occ: visibility `[Q, 1, H, W]` in [0, 1], as an array or in chunks; with chunks of maps, in chunks of the
@@ -56,7 +58,7 @@ def rank_gallery(
         prefilter: score only so many gallery maps of each query, between k and G: those of largest cosine with it, as
             flattened maps that are normalised at every location and weighted by visibility. The gallery is read
             twice then, and is no iterable. The result is that of a full search as far as the candidates hold its best;
-            `python -m bench ranking` measures how far.
+            `python -m bench.ranking` measures how far.
         progress: show it, by tqdm on a terminal, elsewhere as a line now and then.
 
     Returns:
@@ -96,7 +98,9 @@ def rank_gallery(
         check_count(k, "k", low=1, high=size, why=f"the gallery has {size} maps")
     else:
         chunks = read_chunks(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
-    scoring = _Scoring(matcher, functional.correlation_dtype(queries.rows(slice(0, 0), matcher.fc.weight.device)[0]))
+    dtype = functional.correlation_dtype(queries.rows(slice(0, 0), matcher.fc.weight.device)[0])
+    on_cpu = matcher.fc.weight.device.type == "cpu"
+    scoring = _Scoring(matcher, accumulation_dtype(dtype) if on_cpu else dtype)
     if prefilter is None:
         with show_progress("ranking", "pairs", shown=progress) as report:
             return _rank_all(scoring, queries, chunks, k, size, report)

@@ -87,8 +87,9 @@ def _checked(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_nam
 
 def read_chunks(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Iterator[Held]:
     """The chunks of an iterable, each with its visibility, which comes in such chunks or as one array."""
-    if not isinstance(maps, Iterable):
-        raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {type(maps).__name__}")
+    _check_iterable(maps, name)
+    if visibility is not None:
+        _check_iterable(visibility, visibility_name)
     parts = iter(visibility) if visibility is not None and not is_array(visibility) else None
     count = number = 0
     for number, chunk in enumerate(maps, start=1):
@@ -115,8 +116,23 @@ def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_na
             return Held(torch.empty(0, *sizes.values(), device=cpu), None)
         return Held(*_joined(parts))
     if visibility is not None and not is_array(visibility):
-        visibility = torch.cat([torch.as_tensor(part, device="cpu") for part in visibility])
+        visibility = _read_visibility(visibility, maps, visibility_name)
     return _checked(sizes, maps, visibility, name, visibility_name)
+
+
+def _check_iterable(values: object, name: str) -> None:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {type(values).__name__}")
+
+
+def _read_visibility(chunks: Iterable[Array], maps: Array, name: str) -> Tensor:
+    _check_iterable(chunks, name)
+    parts = []
+    for number, part in enumerate(chunks, start=1):
+        if not is_array(part):
+            raise TypeError(f"{name}, chunk {number}: expected a tensor or a NumPy array, got {type(part).__name__}")
+        parts.append(take(part, slice(None), torch.device("cpu")))
+    return torch.cat(parts) if parts else torch.empty(0, 1, *maps.shape[2:], device="cpu")
 
 
 def in_blocks(chunks: Iterable[Held], size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
