@@ -67,7 +67,7 @@ def strongest_matches(
         TypeError, ValueError: as for `QAConv.correspondences`; a map that is not `[C, H, W]`; `where` not bool
             `[H, W]`; `count` below 1.
 
-    Example:
+    Examples:
         >>> matcher, probe = QAConv(8, 2, 2), torch.randn(8, 2, 2)
         >>> matches = strongest_matches(matcher, probe, probe.flip(2))  # a mirror image: left is right
         >>> sorted(zip(matches.probe_location.tolist(), matches.gallery_location.tolist()))

@@ -83,7 +83,7 @@ def plot_matches(
     Raises:
         TypeError, ValueError: maps as for `strongest_matches`; images of another kind, shape or range.
 
-    Example:
+    Examples:
         >>> matcher, maps, images = QAConv(8, 4, 2), torch.randn(2, 8, 4, 2), torch.rand(2, 3, 64, 32)
         >>> figure = plot_matches(matcher, *maps, *images)
         >>> figure.savefig("matches.png")  # doctest: +SKIP
@@ -166,7 +166,7 @@ def plot_neighbors(
         TypeError, ValueError: a graph that is not `[N, K]`, similarities of another shape, images of another kind.
         IndexError: a class outside `[0, N)`.
 
-    Example:
+    Examples:
         >>> figure = plot_neighbors(torch.tensor([[1, 2], [0, 2], [1, 0]]), torch.rand(3, 32, 32), names="abc")
     """
     if not isinstance(neighbors, Tensor) or neighbors.dim() != 2:
@@ -232,7 +232,7 @@ def plot_ranking(
     Raises:
         TypeError, ValueError: images of another kind; lists of different lengths.
 
-    Example:
+    Examples:
         >>> figure = plot_ranking(torch.rand(3, 64, 32), torch.rand(4, 3, 64, 32), [True, False, True, False])
     """
     lengths = [len(gallery), len(is_match)] + ([] if scores is None else [len(scores)])
@@ -278,7 +278,7 @@ def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes 
     Raises:
         ValueError: a curve that is not `[ranks]`.
 
-    Example:
+    Examples:
         >>> figure = plot_cmc({"QAConv": torch.tensor([0.8, 0.9, 1.0]), "cosine": torch.tensor([0.6, 0.8, 0.9])})
     """
     ranks = check_count(ranks, "ranks", low=1, high=None, why="ranks to draw")

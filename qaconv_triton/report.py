@@ -75,7 +75,7 @@ def write_report(
         ImportError: there are paths, but Pillow is not installed.
         TypeError, ValueError: as for `rank_gallery` and `reid_metrics`; `worst` or `top` below 1.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import Features
         >>> ids = torch.tensor([0, 0, 1, 1])
         >>> features = Features(torch.randn(4, 8, 4, 2), ids, None, None, None)
@@ -124,7 +124,7 @@ def load_matcher(
         ValueError: not a checkpoint, none or several matchers in it.
         RuntimeError: a matcher of another size.
 
-    Example:
+    Examples:
         >>> torch.save({"criterion": {"matcher." + k: v for k, v in QAConv(8, 4, 2).state_dict().items()}}, "last.pt")
         >>> load_matcher("last.pt", 8, 4, 2).extra_repr()
         '8, 4, 2'

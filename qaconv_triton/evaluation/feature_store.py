@@ -39,7 +39,7 @@ class Features(NamedTuple):
         occ: visibility `[M, 1, H, W]`, memory-mapped, or None.
         paths: of the M pictures, or None.
 
-    Example:
+    Examples:
         >>> Features(torch.ones(2, 8, 4, 2), torch.tensor([5, 6]), None, None, ["a.jpg", "b.jpg"]).ids.tolist()
         [5, 6]
     """
@@ -80,7 +80,7 @@ def save_features(
         ValueError: shapes that do not fit, another number of maps than of identities, a map that `dtype` cannot hold:
             a number above its range, or all of them below its normal numbers.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import load_features, save_features
         >>> save_features("gallery.safetensors", (torch.rand(2, 8, 4, 2) for _ in range(3)), ids=[5, 5, 6, 6, 7, 7])
         >>> load_features("gallery.safetensors").maps.shape
@@ -140,7 +140,7 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         OSError: no such file.
         ValueError: a truncated, damaged or foreign file.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import load_features, save_features
         >>> save_features("query.safetensors", torch.rand(2, 8, 4, 2), ids=[5, 6], cameras=[1, 2])
         >>> features = load_features("query.safetensors")

@@ -71,7 +71,7 @@ def rank_gallery(
             prefilter of an iterable, a matcher whose norms have no running statistics. That an iterable gallery has
             fewer than k maps is raised at its end.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import rank_gallery
         >>> matcher, maps = QAConv(8, 4, 2), torch.randn(50, 8, 4, 2)
         >>> scores, indices = rank_gallery(matcher, maps[:5], maps, k=10)

@@ -35,7 +35,7 @@ class QueryMetrics(NamedTuple):
         inverse_penalty: the number of true matches over the rank of the last of them, 0 if one is not listed.
         first_match: the rank of the first true match, from 1 on; infinite if none is listed.
 
-    Example:
+    Examples:
         >>> precision = torch.tensor([1.0, 0.2, torch.nan])
         >>> QueryMetrics(precision, precision, 1 / precision).average_precision.nan_to_num(torch.inf).argmin().item()
         1
@@ -55,7 +55,7 @@ class ReIDMetrics(NamedTuple):
         cmc: fp64 `[ranks]`, the share of queries with a true match among their first 1, 2, ... places.
         num_queries: how many have one. The others count in no mean; they are the rest of the lists.
 
-    Example:
+    Examples:
         >>> ReIDMetrics(0.5, 0.25, torch.tensor([0.5, 0.75]), 4).to_dict(ranks=(1, 2, 10))
         {'Rank-1': 0.5, 'Rank-2': 0.75, 'mAP': 0.5, 'mINP': 0.25}
     """
@@ -104,7 +104,7 @@ def reid_metrics(
         ValueError: shapes that do not fit, cameras of one side only, a list that names an item twice.
         IndexError: an index outside `[0, G)`.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import reid_metrics
         >>> metrics = reid_metrics(torch.tensor([[2, 0, 1]]), [7], [7, 7, 8])  # a wrong one comes first
         >>> [round(value, 3) for value in (metrics.mAP, metrics.mINP, *metrics.cmc.tolist())]
@@ -147,7 +147,7 @@ def query_metrics(
     Raises:
         TypeError, ValueError, IndexError: as `reid_metrics`.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import query_metrics
         >>> query_metrics(torch.tensor([[2, 0], [0, 1]]), [7, 8], [7, 7, 8]).first_match.tolist()
         [2.0, inf]
@@ -221,7 +221,7 @@ def average_queries(
     Raises:
         TypeError, ValueError: maps, identities or cameras of another type or shape.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import average_queries
         >>> maps, ids, cameras = average_queries(torch.randn(5, 8, 4, 2), [3, 3, 1, 3, 1], [0, 0, 0, 1, 0])
         >>> ids.tolist(), cameras.tolist()

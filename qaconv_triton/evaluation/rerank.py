@@ -68,7 +68,7 @@ def k_reciprocal_rerank(
             item twice.
         IndexError: indices outside the gallery, or outside queries and gallery.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import k_reciprocal_rerank, rank_gallery
         >>> matcher, query, gallery = QAConv(8, 4, 2), torch.randn(3, 8, 4, 2), torch.randn(40, 8, 4, 2)
         >>> both = [query, gallery]

@@ -28,7 +28,7 @@ class VerificationMetrics(NamedTuple):
         accuracy_std: their standard deviation, with 9 degrees of freedom.
         threshold: the highest threshold with the best accuracy on all pairs.
 
-    Example:
+    Examples:
         >>> point = torch.tensor([0.0, 1.0])
         >>> VerificationMetrics(point, point, -point, 0.5, {1e-2: 0.0}, 0.5, 0.1, 0.3).tar_at_far[1e-2]
         0.0
@@ -61,7 +61,7 @@ def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
         TypeError: other dtypes.
         ValueError: other shapes, no pairs, NaN among the scores.
 
-    Example:
+    Examples:
         >>> from qaconv_triton.evaluation import verification_metrics
         >>> metrics = verification_metrics(torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False]))
         >>> metrics.eer, metrics.tar.tolist(), metrics.far.tolist()

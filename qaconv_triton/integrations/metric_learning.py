@@ -37,7 +37,7 @@ class QAConvDistance(BaseDistance):  # type: ignore[misc]
     Raises:
         TypeError: another matcher.
 
-    Example:
+    Examples:
         >>> from pytorch_metric_learning.losses import TripletMarginLoss
         >>> criterion = TripletMarginLoss(margin=1.0, distance=QAConvDistance(QAConv(8, 2, 3)))
         >>> maps, labels = torch.randn(6, 8, 2, 3, requires_grad=True), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -119,7 +119,7 @@ class QAConvKNN:
         matcher: a `QAConv`, on the calculator's device; it scores in eval mode.
         prefilter: score only so many references of each query, the nearest by cosine, as `evaluation.rank_gallery`.
 
-    Example:
+    Examples:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         >>> matcher, maps, labels = QAConv(8, 2, 3), torch.randn(6, 8, 2, 3), torch.tensor([0, 0, 1, 1, 2, 2])
         >>> search = AccuracyCalculator(include=("precision_at_1",), knn_func=QAConvKNN(matcher), device=maps.device)
@@ -170,7 +170,7 @@ def cosine_knn(query: Tensor, k: int, reference: Tensor, ref_includes_query: boo
     Raises:
         TypeError, ValueError: as for `functional.topk_cosine`.
 
-    Example:
+    Examples:
         >>> cosine_knn(torch.eye(3), 1, torch.tensor([[1.0, 0, 0], [1, 1, 0]]))[1].flatten().tolist()
         [0, 1, 0]
     """
