@@ -52,6 +52,25 @@ def test_accelerate(ranks: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_a_backbone_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    try:
+        importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # torchvision of another build than torch's: operators are missing
+        pytest.skip(f"timm: {error}")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    script, pictures = importlib.import_module("train_lightning"), importlib.import_module("test_images")
+    arguments = [*pictures.save_list(tmp_path / "data"), "--backbone", "mobilenetv3_small_050", "--size", "64x32"]
+    arguments += ["--stride", "16", "--features", "12", "--batch-size", "8", "--instances", "2", "--k_nearest", "3"]
+    arguments += ["--accelerator", "cpu", "--output", str(tmp_path / "out"), "--epochs", "2"]
+    trainer = script.main(arguments)
+    assert trainer.global_step > 0
+    assert trainer.callback_metrics["loss"].isfinite()
+    assert 0 <= trainer.callback_metrics["Rank-1"] <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about settings that a small run needs
 def test_lightning_finds_unseen_identities_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
