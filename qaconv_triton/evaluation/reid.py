@@ -255,7 +255,7 @@ def as_integers(values: Any, name: str, device: torch.device, count: int | None 
         check_integers(tensor, name)
     if tensor.dim() != 1 or (count is not None and len(tensor) != count):
         raise ValueError(f"{name}: expected shape [{'M' if count is None else count}], got {list(tensor.shape)}")
-    return tensor.to(device, torch.int64).contiguous()
+    return tensor.to(device, torch.int64).contiguous()  # rows of a strided tensor, such as ids[::2]
 
 
 def check_integers(tensor: Tensor, name: str) -> None:
