@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from errors import refused, state_of
-from inputs import DEVICE, C, H, W, make_matcher, maps, visibility
+from inputs import CPU, DEVICE, C, H, W, make_matcher, maps, visibility
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qaconv_triton.evaluation import rank_gallery, ranking
+from bench.ranking import main as measure_ranking
+from qaconv_triton.evaluation import rank_gallery, ranking, save_features
 
 Q, G, K = 7, 33, 5
 QUERY, GALLERY = maps(Q, 1), maps(G, 2)
@@ -292,3 +293,28 @@ def test_a_failing_gallery_leaves_the_matcher_as_it_was() -> None:
     matcher = make_matcher()
     with refused(OSError, ("no such picture",), matcher):
         rank_gallery(matcher, QUERY, failing(), K)
+
+
+def test_the_command_reports_recall(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def rows(*arguments: str) -> list[list[str]]:
+        measure_ranking([*arguments, "--queries", "8", "--device", "cpu"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| all", "| the"))]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    every, few, whole = rows("--case", "12x40x8x4x2", "--prefilter", "11", "40")
+    assert every[:3] == ["all pairs", "8", "320"]
+    assert few[:3] == ["the nearest 11", "12", "132"]
+    assert 0.3 < float(few[5]) < 1
+    assert whole[5:] == ["1.000", "1.000"]  # all 40 are candidates
+
+    matcher, files = make_matcher(device=CPU), [str(tmp_path / name) for name in ("query", "gallery")]
+    for path, features in zip(files, (QUERY, GALLERY), strict=True):
+        save_features(path, features, range(len(features)), dtype=torch.float32)
+    state = {f"matcher.{name}": value for name, value in matcher.state_dict().items()}
+    torch.save({"matcher": state}, tmp_path / "weights.pt")
+    few = rows("--features", *files, "--weights", str(tmp_path / "weights.pt"), "--prefilter", "15")[1]
+    best = rank_gallery(matcher, QUERY.to(CPU), GALLERY.to(CPU), 10)[1]
+    found = rank_gallery(matcher, QUERY.to(CPU), GALLERY.to(CPU), 10, prefilter=15)[1]
+    assert few[1] == str(Q)
+    share = sum(len(set(one) & set(other)) for one, other in zip(best.tolist(), found.tolist(), strict=True)) / (10 * Q)
+    assert float(few[5]) == pytest.approx(share, abs=1e-3)

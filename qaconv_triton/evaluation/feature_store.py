@@ -102,8 +102,8 @@ def save_features(
     try:
         with part.open("wb") as file:
             for chunk in chunks:
-                if done + len(chunk) > count or (is_array(maps) and len(chunk) != count):
-                    raise ValueError(f"maps: expected {count}, as there are ids, got at least {done + len(chunk)}")
+                if done + len(chunk) > count:
+                    raise ValueError(f"maps: expected {count}, as there are ids, got {done + len(chunk)} or more")
                 if offsets is None:
                     shapes = {"maps": (count, *chunk.maps.shape[1:])}
                     if occ is not None:

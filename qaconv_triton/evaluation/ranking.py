@@ -137,7 +137,8 @@ class _FlatCosine(_Scoring):
 
     def compare(self, probe: Tensor, items: Tensor, index: Tensor | None = None) -> Tensor:
         """Cosines of all pairs `[P, G]`."""
-        return probe @ items.mT
+        with torch.autocast(self.device.type, enabled=False):
+            return probe @ items.mT
 
 
 def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
