@@ -1,14 +1,12 @@
 """Seconds of `rank_gallery`, of all pairs and with a prefilter, and the recall that the prefilter costs.
 
-    python -m bench.ranking                                     made-up maps: 3,368 queries, 15,913 gallery maps, C = 64
-    python -m bench.ranking --features query.safetensors gallery.safetensors --weights nearest.pt     of images.py
+    python -m bench ranking                                     made-up maps: 3,368 queries, 15,913 gallery maps, C = 64
+    python -m bench ranking --features query.safetensors gallery.safetensors --weights nearest.pt     of images.py
 
 All pairs are scored for the first `--queries` only; the seconds are those of these, not scaled up. Recall is that of
 their ten best. Made-up maps are smooth, of 750 identities, shifted by up to a location each way, with noise: their
 recall shows that the command works, and is no figure of real features.
 """
-
-from __future__ import annotations
 
 import argparse
 from time import perf_counter, process_time
@@ -20,6 +18,7 @@ from torch.nn.functional import interpolate, normalize
 from qaconv_triton import QAConv
 from qaconv_triton.evaluation import load_features, rank_gallery
 from qaconv_triton.functional import topk_cosine
+from qaconv_triton.report import load_matcher
 
 TOP = 10
 IDENTITIES = 750
@@ -39,18 +38,8 @@ def make_maps(count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
     return torch.cat(maps)
 
 
-def load_matcher(path: str, shape: tuple[int, int, int]) -> QAConv:
-    """The matcher of a file of weights of examples/images.py."""
-    prefix = "matcher."
-    weights = torch.load(path, weights_only=True, map_location="cpu")["matcher"]
-    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    matcher = QAConv(*shape)
-    matcher.load_state_dict({name: own[name] for name in matcher.state_dict()})
-    return matcher
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m bench.ranking", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m bench ranking", description=__doc__.partition("\n")[0])
     parser.add_argument("--case", default="3368x15913x64x24x8", help="queries, gallery, C, H, W of made-up maps")
     parser.add_argument("--features", nargs=2, metavar="FILE", help="of save_features: queries and gallery")
     parser.add_argument("--weights", help="the matcher of --features")
@@ -64,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         queries, items, *sizes = map(int, options.case.split("x"))
         query, gallery = make_maps(queries, tuple(sizes), 1), make_maps(items, tuple(sizes), 2)
     shape = tuple(gallery.shape[1:])
-    matcher = (load_matcher(options.weights, shape) if options.weights else QAConv(*shape)).to(options.device)
+    matcher = (load_matcher(options.weights, *shape) if options.weights else QAConv(*shape)).to(options.device)
     count, locations = min(options.queries, len(query)), shape[1] * shape[2]
     flops = 2 * locations**2 * shape[0] * len(query) * len(gallery)
     print(f"{len(query):,} queries, {len(gallery):,} gallery maps {list(shape)} {gallery.dtype} on {options.device},")
@@ -96,7 +85,3 @@ def recall(indices: Tensor, best: Tensor) -> float:
 def pool(maps: Tensor) -> Tensor:
     """The mean of each map's normalised locations `[M, C]`, the prefilter that was not taken."""
     return torch.cat([normalize(part.float(), dim=1).mean(dim=(2, 3)) for part in maps.split(1024)])
-
-
-if __name__ == "__main__":
-    main()

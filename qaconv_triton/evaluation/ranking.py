@@ -58,7 +58,7 @@ def rank_gallery(
         prefilter: score only so many gallery maps of each query, between k and G: those of largest cosine with it, as
             flattened maps that are normalised at every location and weighted by visibility. The gallery is read
             twice then, and is no iterable. The result is that of a full search as far as the candidates hold its best;
-            `python -m bench.ranking` measures how far.
+            `python -m bench ranking` measures how far.
         progress: show it, by tqdm on a terminal, elsewhere as a line now and then.
 
     Returns:
