@@ -1,5 +1,7 @@
 """Rows of results: their CSV files and their tables."""
 
+from __future__ import annotations
+
 import csv
 import re
 from collections.abc import Sequence
