@@ -1,13 +1,19 @@
-"""What the ranks of `torch.distributed` do together: sums for norms over all ranks, one search of the class graph."""
+"""What the ranks of `torch.distributed` do together: sums for norms over all ranks, one search of the class graph,
+means of gradients, and errors that all of them raise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def has_ranks(group: Any = None) -> bool:
@@ -43,9 +49,83 @@ def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
     return total
 
 
-def is_synced(norm: nn.Module) -> bool:
-    """Whether a norm's batch statistics are those of all ranks (`SyncBatchNorm.convert_sync_batchnorm`)."""
-    return isinstance(norm, nn.SyncBatchNorm) and has_ranks(norm.process_group)
+class _SharedByRanks(torch.autograd.Function):
+    """Parameters that all ranks have alike; each one's gradient is the mean of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined = torch.cat([grad.flatten() for grad in grads])  # one message, not one for each parameter
+        distributed.all_reduce(joined, group=ctx.group)
+        parts = joined.div_(distributed.get_world_size(ctx.group)).split([grad.numel() for grad in grads])
+        means = [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
+        return None, *means
+
+
+def shared_by_ranks(parameters: list[Tensor], group: Any) -> list[Tensor]:
+    """`parameters` whose gradients are the means over the ranks of `group`; all of them call it, in the same order."""
+    shared: tuple[Tensor, ...] = _SharedByRanks.apply(group, *parameters)  # type: ignore[no-untyped-call]
+    return list(shared)
+
+
+def statistics_group(norm: nn.Module, mesh: DeviceMesh | None) -> Any:
+    """The group of ranks whose batches a norm's statistics are over; None for this rank's batch alone.
+
+    That is the mesh's, or that of a `SyncBatchNorm` (`convert_sync_batchnorm`).
+    """
+    if mesh is not None:
+        return mesh.get_group() if mesh.size() > 1 else None
+    if isinstance(norm, nn.SyncBatchNorm) and has_ranks(norm.process_group):
+        return norm.process_group or distributed.group.WORLD
+    return None
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """This rank's part of a `DTensor`; any other tensor as it is."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+class Agreement:
+    """Context of what may fail on some ranks of a group: if it does on one, all raise, and none waits for another.
+
+    All ranks enter it together. Within it `size` may be set; after it `sizes` has those of all ranks.
+
+    Args:
+        mesh: of the ranks.
+        device: of the messages.
+
+    Raises:
+        RuntimeError: at the end, where another rank failed; names it and its error.
+    """
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self.mesh, self.device = mesh, device
+        self.size = 0
+        self.sizes: list[int] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        group, ranks = self.mesh.get_group(), self.mesh.size()
+        own = torch.tensor([self.size if error is None else -1], device=self.device)
+        found = torch.empty(ranks, dtype=own.dtype, device=self.device)
+        distributed.all_gather_into_tensor(found, own, group)
+        self.sizes = found.tolist()
+        if min(self.sizes) >= 0:
+            return
+        messages: list[str | None] = [None] * ranks
+        distributed.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}", group)
+        if error is None:
+            rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+            raise RuntimeError(f"rank {rank} of the mesh failed: {message}")
 
 
 def computed_by_first_rank(compute: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
