@@ -116,9 +116,9 @@ class Agreement:
     ) -> None:
         group, ranks = self.mesh.get_group(), self.mesh.size()
         own = torch.tensor([self.size if error is None else -1], device=self.device)
-        found = torch.empty(ranks, dtype=own.dtype, device=self.device)
-        distributed.all_gather_into_tensor(found, own, group)
-        self.sizes = found.tolist()
+        found = [torch.empty_like(own) for _ in range(ranks)]
+        distributed.all_gather(found, own, group)
+        self.sizes = torch.cat(found).tolist()
         if min(self.sizes) >= 0:
             return
         messages: list[str | None] = [None] * ranks

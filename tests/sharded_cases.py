@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from qaconv_triton import QAConv
 
 N, K, C, H, W = 9, 4, 6, 2, 2  # on four ranks 3, 3, 3 and none
 SIZES = {0: (3, 1, 2, 2), 1: (0, 2, 1, 4), 2: (2, 2, 2, 2)}  # of the ranks' batches, by step modulo 3
-
-
-def make_mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (distributed.get_world_size(),))
 
 
 def table_values(seed: int = 0) -> Tensor:

@@ -134,9 +134,9 @@ class _HalfRing:
         """The k-th best similarity within its own shard, of every class: a bound of what others need to return."""
         own = best.similarities.new_full((self.chunk,), -torch.inf)
         own[: len(self.shard)] = best.similarities[:, -1]
-        found = own.new_empty(self.ranks * self.chunk)
-        distributed.all_gather_into_tensor(found, own, self.mesh.get_group())
-        return [found[rank * self.chunk :][: self._size(rank)] for rank in range(self.ranks)]
+        found = [torch.empty_like(own) for _ in range(self.ranks)]
+        distributed.all_gather(found, own, self.mesh.get_group())
+        return [of_rank[: self._size(rank)] for rank, of_rank in enumerate(found)]
 
     def _start_visit(self, step: Step) -> Callable[[], Tensor]:
         """Begin to fetch the visitor's rows `[m, D]`; the function that is returned waits for them."""
