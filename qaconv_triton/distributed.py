@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ def statistics_group(norm: nn.Module, mesh: DeviceMesh | None) -> Any:
     return None
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A `DTensor` gathered from all ranks, which call it together; any other tensor as it is."""
+    full_tensor: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
 def local_rows(tensor: Tensor) -> Tensor:
     """This rank's part of a `DTensor`; any other tensor as it is."""
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
@@ -154,3 +161,24 @@ def computed_by_first_rank(compute: Callable[[], Tensor], shape: tuple[int, ...]
         raise RuntimeError(f"rank 0 could not build the class graph: {failure[0]}")
     distributed.broadcast(result, src=0)
     return result
+
+
+def batches_of_all_ranks(feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks, one after the other; only this one where `torch.distributed` is not initialised."""
+    if not has_ranks():
+        return feature, target
+
+    def gathered(tensor: Tensor) -> list[Tensor]:
+        tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(tensors, tensor)
+        return tensors
+
+    counts = torch.cat(gathered(target.new_tensor([len(target)]))).tolist()
+    padding = max(counts) - len(target)
+    features = gathered(F.pad(feature, (0, 0, 0, 0, 0, 0, 0, padding)).contiguous())
+    targets = gathered(F.pad(target, (0, padding)))
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensor[:count] for tensor, count in zip(tensors, counts, strict=True)])
+
+    return joined(features), joined(targets)

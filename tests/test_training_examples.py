@@ -43,6 +43,20 @@ def test_the_plain_loop_goes_on_where_it_was_interrupted(ranks: list[str], tmp_p
 
 
 @pytest.mark.slow
+def test_a_sharded_table_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    """With the losses of a training that was not, on as many processes; on another number as well."""
+    script = ["examples/train_sharded.py", "--checkpoint"]
+    whole = losses(run(*TORCHRUN, *script, tmp_path / "whole", "--epochs", "3"))
+    assert len(whole) == 3
+    assert float(whole[-1].split()[-1]) < 0.5 * float(whole[0].split()[-1])
+    assert losses(run(*TORCHRUN, *script, tmp_path / "parts", "--epochs", "2")) == whole[:2]
+    assert losses(run(*TORCHRUN, *script, tmp_path / "parts", "--epochs", "3")) == whole[2:]
+    alone = losses(run(*TORCHRUN[:-1], "1", *script, tmp_path / "parts", "--epochs", "4"))
+    assert len(alone) == 1
+    assert float(alone[0].split()[-1]) < float(whole[-1].split()[-1])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[], TORCHRUN], ids=["one process", "two processes"])
 def test_accelerate(ranks: list[str]) -> None:
     pytest.importorskip("accelerate")
