@@ -6,6 +6,8 @@ Each check runs on meshes of one to four of the ranks; all of them in one start 
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -29,8 +31,10 @@ from sharded_cases import (
 )
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from qaconv_triton import QAConv, SoftmaxTripletLoss, functional, sharded
 from qaconv_triton.losses import batch_hard_hinge
@@ -109,6 +113,7 @@ def check_start(mesh: DeviceMesh) -> dict[str, Tensor]:
 def check_graph(mesh: DeviceMesh) -> None:
     """The ids of one process, ties included, with shards of several sizes; k beyond a shard's rows."""
     for count, k, dtype in (
+        (41, 7, torch.bfloat16),
         (9, 8, torch.float32),
         (41, 7, torch.float32),
         (41, 7, torch.float64),
@@ -281,6 +286,47 @@ def check_autocast(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(grad, gradients(single)[name], rtol=3e-2, atol=1e-2, msg=lambda m, n=name: n + m)
 
 
+def check_kernels(mesh: DeviceMesh) -> None:
+    """The graph and the scores by the Triton kernels."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    features, labels, visibility = batch(0, mesh.get_local_rank(), torch.float32)
+    results = []
+    for backend in ("torch", "triton"):
+        os.environ["QACONV_TRITON_BACKEND"] = backend
+        try:
+            matcher = make_matcher(mesh, torch.float32, include_self=True)
+            features.grad = None
+            scores = matcher.class_scores(features, labels, visibility)
+            loss_of(scores.values).backward()
+        finally:
+            del os.environ["QACONV_TRITON_BACKEND"]
+        results.append((scores.classes, scores.values.detach(), features.grad, gradients(matcher)))
+    (classes, values, grad, weights), (other_classes, other_values, other_grad, other_weights) = results
+    assert torch.equal(classes, other_classes)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close((values, grad), (other_values, other_grad), **close)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, other_weights[name], **close, msg=lambda m, n=name: n + m)
+
+
+def check_recomputation(mesh: DeviceMesh) -> None:
+    """Under activation checkpointing the ranks meet in the backward pass again; statistics count once."""
+    dtype, results = torch.float64, []
+    features, labels, visibility = batch(0, mesh.get_local_rank(), dtype)
+    for run in (lambda function, *inputs: function(*inputs), partial(torch_checkpoint, use_reentrant=False)):
+        matcher = make_matcher(mesh, dtype)
+        features.grad = None
+        matcher.compute_class_neighbors()
+        loss_of(run(lambda maps, its=matcher: its.class_scores(maps, labels, visibility).values, features)).backward()
+        results.append((features.grad, gradients(matcher), matcher))
+    (grad, weights, matcher), (other_grad, other_weights, other) = results
+    assert torch.equal(grad, other_grad)
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    for buffer, other_buffer in zip(matcher.buffers(), other.buffers(), strict=True):
+        assert torch.equal(buffer, other_buffer)
+
+
 def check_empty(mesh: DeviceMesh) -> None:
     """No rank has a sample: empty results of the right shape, and gradients of zero."""
     matcher = make_matcher(mesh, torch.float32)
@@ -346,7 +392,37 @@ def check_steps(mesh: DeviceMesh) -> None:
             torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
 
 
+def check_fsdp(mesh: DeviceMesh) -> None:
+    """A backbone under FSDP2 beside the sharded table."""
+    dtype = torch.float64
+    matcher, single = (make_matcher(each, dtype) for each in (mesh, None))
+    one = Whole(mesh, single, dtype)
+    torch.manual_seed(3)
+    backbone = nn.Conv2d(C, C, 1, dtype=dtype)
+    twin = copy.deepcopy(backbone)
+    fully_shard(backbone, mesh=mesh)
+    features, labels, _ = batch(2, one.rank, dtype)
+    all_features, all_labels, _ = one.batches(2)
+    loss_of(matcher.class_scores(backbone(features.detach()), labels).values).backward()
+    one.mean_loss(2, single.class_scores(twin(all_features.detach()), all_labels).values).backward()
+    for trained, expected in ((matcher, single), (backbone, twin)):
+        assert_same_gradients(trained, expected, dtype)
+
+
 # --- errors
+
+
+def check_arguments(mesh: DeviceMesh) -> None:
+    with pytest.raises(TypeError, match=r"mesh: expected a .*DeviceMesh, got str"):
+        QAConv(C, H, W, N, K, mesh="cpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no class table to shard"):
+        QAConv(C, H, W, mesh=mesh)
+    with pytest.raises(ValueError, match="sparse_grad=True needs a whole one"):
+        QAConv(C, H, W, N, K, mesh=mesh, sparse_grad=True)
+    with pytest.raises(ValueError, match="the mesh is of cpu devices, got 'meta'"):
+        QAConv(C, H, W, N, K, mesh=mesh, device="meta")
+    with pytest.raises(ValueError, match="one dimension, got 2"):
+        QAConv(C, H, W, N, K, mesh=DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False))
 
 
 def check_errors(mesh: DeviceMesh) -> None:
@@ -380,9 +456,13 @@ CHECKS: list[Callable[[DeviceMesh], Any]] = [
     check_scores,
     check_all_pairs,
     check_autocast,
+    check_kernels,
+    check_recomputation,
     check_empty,
     check_nan,
     check_steps,
+    check_fsdp,
+    check_arguments,
     check_errors,
 ]
 
