@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qaconv_triton import QAConv, SoftmaxTripletLoss, sharded
 
 RANKS = 3
+LARGE = 100_000  # classes of 256 dimensions
 DOCS = Path(__file__).parents[1] / "docs" / "many-devices.md"
 
 
@@ -159,10 +161,7 @@ def check_optimizers(meshes: list[DeviceMesh], folder: Path) -> None:
 def check_clipping(meshes: list[DeviceMesh], folder: Path) -> None:
     """The way of docs/many-devices.md, against `clip_grad_norm_` of one process."""
     names: dict[str, Any] = {}
-    code = next(
-        block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL) if "def clip" in block
-    )
-    exec(code, names)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)), names)
     mesh = meshes[-1]
     for max_norm in (0.1, 1e6):
         matcher, single = make_matcher(mesh, torch.float64), make_matcher(None, torch.float64)
@@ -189,6 +188,42 @@ def check_ddp(meshes: list[DeviceMesh], folder: Path) -> None:
             GraphSampling(lambda module: module).matcher_of(matcher)
 
 
+def check_memory(meshes: list[DeviceMesh], folder: Path) -> None:
+    """From construction on a rank holds its share of the table, the gradient and the optimizer's state."""
+    if not Path("/proc/self/clear_refs").exists():
+        return
+    peaks = {}
+    for mesh in (meshes[2], meshes[0]):  # the smaller one first: what it may leave behind counts against it
+        if mesh.get_coordinate() is not None:
+            peaks[mesh.size()] = peak_of(partial(train_large, mesh))
+        distributed.barrier()
+    if len(peaks) == 2:
+        assert peaks[1] > 4 * 4 * 256 * LARGE  # table, gradient, two moments: else nothing was measured
+        assert peaks[3] < 0.45 * peaks[1], peaks
+
+
+def train_large(mesh: DeviceMesh) -> None:
+    matcher = QAConv(16, 4, 4, LARGE, K, mesh=mesh)
+    matcher.class_neighbors = (torch.arange(LARGE).unsqueeze(1) + torch.arange(1, K + 1)) % LARGE
+    optimizer = torch.optim.AdamW(SoftmaxTripletLoss(matcher).param_groups())
+    matcher.class_scores(torch.randn(4, 16, 4, 4), torch.arange(4)).values.sum().backward()
+    optimizer.step()
+
+
+def peak_of(call: Callable[[], None]) -> int:
+    """How much the resident memory of this process grows while it is called, in bytes."""
+
+    def read(name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
+
+
 def check_absent_rank(meshes: list[DeviceMesh], folder: Path) -> None:
     """A rank that does not take part: the others fail within the time that the group has."""
     # Ranks that no other mesh has: torch caches by the ranks of a mesh, and would come up with the other's group.
@@ -212,6 +247,7 @@ CHECKS: list[Callable[[list[DeviceMesh], Path], None]] = [
     check_optimizers,
     check_clipping,
     check_ddp,
+    check_memory,
     check_absent_rank,  # the last: what it leaves of its group is of no use
 ]
 
