@@ -45,7 +45,12 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of `group`, differentiable; all of them call it, in the same order."""
+    """The sum over the ranks of `group`, differentiable; all of them call it, in the same order.
+
+    So is its backward, also on a rank that needs no gradient here: others may wait for it.
+    """
+    if torch.is_grad_enabled() and not values.requires_grad:
+        values = values.detach().requires_grad_()
     total: Tensor = _SumOverRanks.apply(values, group)  # type: ignore[no-untyped-call]
     return total
 
@@ -100,7 +105,8 @@ def local_rows(tensor: Tensor) -> Tensor:
 class Agreement:
     """Context of what may fail on some ranks of a group: if it does on one, all raise, and none waits for another.
 
-    All ranks enter it together. Within it `size` may be set; after it `sizes` has those of all ranks.
+    All ranks enter it together. Within it `size` and `needs_grad` may be set; after it `sizes` has the sizes of all
+    ranks, and `needs_grad` says whether any has set it.
 
     Args:
         mesh: of the ranks.
@@ -112,7 +118,7 @@ class Agreement:
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
-        self.size = 0
+        self.size, self.needs_grad = 0, False
         self.sizes: list[int] = []
 
     def __enter__(self) -> None:
@@ -122,10 +128,11 @@ class Agreement:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         group, ranks = self.mesh.get_group(), self.mesh.size()
-        own = torch.tensor([self.size if error is None else -1], device=self.device)
+        own = torch.tensor([self.size if error is None else -1, self.needs_grad], device=self.device)
         found = [torch.empty_like(own) for _ in range(ranks)]
         distributed.all_gather(found, own, group)
-        self.sizes = torch.cat(found).tolist()
+        self.sizes, needs_grad = torch.stack(found).T.tolist()
+        self.needs_grad = any(needs_grad)
         if min(self.sizes) >= 0:
             return
         messages: list[str | None] = [None] * ranks

@@ -270,6 +270,21 @@ def check_all_pairs(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(matcher.match(maps, maps), single.match(maps, maps), **CLOSE[dtype])
 
 
+def check_features_without_gradient(mesh: DeviceMesh) -> None:
+    """One rank's features need none: the ranks still meet in the backward pass, and the parameters' are the same."""
+    results = []
+    for needs_grad in (True, mesh.get_local_rank() != 0):
+        matcher = make_matcher(mesh, torch.float64, include_self=True)
+        features, labels, _ = batch(2, mesh.get_local_rank(), torch.float64)
+        features.requires_grad_(needs_grad)
+        losses = SoftmaxTripletLoss(matcher)(features, labels)
+        (losses[2].mean() + loss_of(matcher(features))).backward()
+        results.append((gradients(matcher), features.grad))
+    (weights, grad), (other_weights, other_grad) = results
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    assert other_grad is None if mesh.get_local_rank() == 0 else torch.equal(grad, other_grad)
+
+
 def check_autocast(mesh: DeviceMesh) -> None:
     matcher, single = (make_matcher(each, torch.float32) for each in (mesh, None))
     one = Whole(mesh, single, torch.float32)
@@ -455,6 +470,7 @@ CHECKS: list[Callable[[DeviceMesh], Any]] = [
     check_graph_lifetime,
     check_scores,
     check_all_pairs,
+    check_features_without_gradient,
     check_autocast,
     check_kernels,
     check_recomputation,

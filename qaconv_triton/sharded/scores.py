@@ -29,10 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Batches:
-    """The batches of all ranks of the mesh, of these sizes, one after the other; `b` samples are this rank's."""
+    """The batches of all ranks of the mesh, of these sizes, one after the other; `b` samples are this rank's.
+
+    `needs_grad`: the features of some rank do. All ranks meet in the backward pass then.
+    """
 
     mesh: DeviceMesh
     sizes: list[int]
+    needs_grad: bool
 
     @property
     def own_rows(self) -> slice:
@@ -108,8 +112,8 @@ def score_neighbors(
     with agreement:
         matcher._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         labels = check_labels(labels, prob_fea.shape[0], num_classes, prob_fea.device)
-        agreement.size = len(labels)
-    batches, neighbors = _Batches(mesh, agreement.sizes), matcher._current_neighbors()
+        agreement.size, agreement.needs_grad = len(labels), _needs_grad(prob_fea, prob_occ)
+    batches, neighbors = _Batches(mesh, agreement.sizes, agreement.needs_grad), matcher._current_neighbors()
     assert isinstance(neighbors, DTensor)
     with torch.no_grad():
         targets = batches.gathered(labels)
@@ -135,11 +139,15 @@ def score_classes(matcher: QAConv, prob_fea: Tensor, prob_occ: Tensor | None) ->
     agreement = Agreement(table.device_mesh, table.device)
     with agreement:
         matcher._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-        agreement.size = len(prob_fea)
-    batches = _Batches(table.device_mesh, agreement.sizes)
+        agreement.size, agreement.needs_grad = len(prob_fea), _needs_grad(prob_fea, prob_occ)
+    batches = _Batches(table.device_mesh, agreement.sizes, agreement.needs_grad)
     probe = _gathered_probes(batches, prob_fea, prob_occ)
     scores, statistics = score_maps(matcher._head, probe, _own_shard(table), raw=True)
     return batches.columns_returned(scores, table.shape[0]), statistics
+
+
+def _needs_grad(maps: Tensor, visibility: Tensor | None) -> bool:
+    return maps.requires_grad or (visibility is not None and visibility.requires_grad)
 
 
 def _own_shard(table: DTensor) -> Tensor:
@@ -153,6 +161,8 @@ def _own_shard(table: DTensor) -> Tensor:
 def _gathered_probes(batches: _Batches, maps: Tensor, visibility: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """The prepared maps of all ranks, or those in `rows` of them, channels-last."""
     prepared = functional.prepare_maps(maps, visibility, functional.correlation_dtype(maps))
+    if batches.needs_grad and torch.is_grad_enabled() and not prepared.requires_grad:
+        prepared = prepared.detach().requires_grad_()
     return batches.gathered(prepared.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2)
 
 
