@@ -127,6 +127,8 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if not isinstance(error, Exception | None):  # Ctrl-C: not the time to wait for others
+            return
         group, ranks = self.mesh.get_group(), self.mesh.size()
         own = torch.tensor([self.size if error is None else -1, self.needs_grad], device=self.device)
         found = [torch.empty_like(own) for _ in range(ranks)]

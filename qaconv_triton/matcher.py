@@ -384,7 +384,8 @@ class QAConv(nn.Module):
 
         From the second time on, the graph before is where the search starts from. In training mode, where
         `torch.distributed` is initialised, all ranks call it together: rank 0 searches, and all get its graph. Where
-        the table is sharded, the ranks of the mesh search together, in either mode: the graph is a `DTensor`.
+        the table is sharded, the ranks of the mesh search together, in either mode, and always from the start: the
+        graph is a `DTensor`.
 
         Args:
             progress: as of `functional.class_neighbors`.

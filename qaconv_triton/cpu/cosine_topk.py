@@ -94,6 +94,7 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
 
 
 def _mutual_by_sorting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sort strips of the similarity, rows with the best so far of `left`, columns with those of `right`."""
     dtype, split = accumulation_dtype(left.dtype), len(left)
     left, right = unit(left.to(dtype)), unit(right.to(dtype))
     values = left.new_full((split + len(right), k), -torch.inf)
