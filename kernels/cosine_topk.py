@@ -75,6 +75,30 @@ def cosine_topk(
     return sorted_topk(best)
 
 
+def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """Search for the rows of two tables among those of the other; every pair is multiplied once, for both.
+
+    Args:
+        left, right: `[n, D]` and `[m, D]`, not normalised, of one dtype, on one device.
+        k: how many.
+        thresholds: `[n + m]`, for the rows of left, then of right: what is not above them need not be found.
+
+    Returns:
+        similarities fp32 `[n + m, k]`, descending, and ids int64 `[n + m, k]`, counted through both tables: those of
+        right begin with n. Equal similarities by ascending id. Where there are fewer than k, -inf and any id.
+    """
+    device, dtype, split = left.device, left.dtype, len(left)
+    best = torch.full((split + len(right), k), EMPTY, dtype=torch.int64, device=device)
+    packed = pack_threshold(thresholds)
+    tiling = _select_tiling(left, right, k, packed, None, dtype)
+    longer = max(left, right, key=len)
+    capacity, size = _sizes(longer, longer, k, tiling.tiles["BN"], None, device, dtype)
+    search = TopKSearch(k, capacity, tiling, best, packed, None)
+    search.mutual_search(ChunkedTable(left, size, device, dtype), ChunkedTable(right, size, device, dtype))
+    similarities, ids = sorted_topk(best)
+    return similarities.masked_fill_((best == EMPTY).sort(dim=1, stable=True).values, -torch.inf), ids
+
+
 def _without_self(ids: Tensor, candidates: Tensor) -> Tensor:
     """Drop each row's own candidate; where so many equal ones come first that it is not there, the last one."""
     kept = unpack(candidates)[1] != ids.unsqueeze(1)

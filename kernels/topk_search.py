@@ -75,6 +75,20 @@ class TopKSearch:
             self._keep_best(rows, row_buffer)
             del rows, row_buffer
 
+    def mutual_search(self, left: ChunkedTable, right: ChunkedTable) -> None:
+        """Search two tables in each other; the rows of `right` are counted on from those of `left`."""
+        split = len(left.table)
+        for rows in left.chunks(range(0, split, left.size)):
+            row_buffer = self._buffer(rows)
+            for chunk in right.chunks(range(0, len(right.table), right.size)):
+                columns = chunk._replace(first=split + chunk.first)
+                column_buffer = self._buffer(columns)
+                self.search_tiles(rows, columns, row_buffer, column_buffer)
+                self._keep_best(columns, column_buffer)
+                del chunk, columns, column_buffer  # before the next ones come
+            self._keep_best(rows, row_buffer)
+            del rows, row_buffer
+
     def _buffer(self, chunk: Chunk) -> CandidateBuffer:
         """A buffer for a chunk's rows, with the best so far."""
         span = slice(chunk.first, chunk.first + len(chunk.rows))

@@ -12,8 +12,9 @@ versions.check_installed()  # first: what follows fails under an old torch, with
 
 from . import functional
 from .checkpoint import convert_checkpoint
+from .correspondences import Correspondences
 from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
-from .matcher import Correspondences, QAConv
+from .matcher import QAConv
 from .sample_graph import sample_class_graph
 from .sampler import GraphSampler
 from .scores import ClassScores

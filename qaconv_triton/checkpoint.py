@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import sharded
+
 if TYPE_CHECKING:
     from .matcher import QAConv
 
@@ -124,6 +126,8 @@ def finish_saving(matcher: QAConv, state_dict: MutableMapping[str, Any], prefix:
     key = prefix + "class_embed"
     if key in state_dict and not keep_vars:
         state_dict[key] = state_dict[key].contiguous()
+        if matcher.mesh is not None:
+            sharded.table.refuse_pickling(state_dict[key])
     metadata = getattr(state_dict, "_metadata", {}).get(prefix[:-1])
     if metadata is not None:
         metadata.update(height=matcher.height, width=matcher.width, shared_fc=matcher.shared_fc)
@@ -174,6 +178,11 @@ def prepare_loading(
         value = state_dict[prefix + name]
         if not isinstance(value, Tensor):
             errors.append(f"{prefix}{name}: expected a tensor, got {type(value).__name__}.")
+        elif hasattr(value, "device_mesh") and not hasattr(parameter, "device_mesh"):
+            errors.append(
+                f"{prefix}{name}: sharded over a device mesh, but that of this module is whole; load the checkpoint "
+                "into the state dict of this module with torch.distributed.checkpoint."
+            )
         elif value.shape != parameter.shape and not (parameter.dim() == 0 and tuple(value.shape) == (1,)):
             errors.append(
                 f"size mismatch for {prefix}{name}: copying a param with shape {value.shape} from checkpoint, "
@@ -181,6 +190,8 @@ def prepare_loading(
             )
     refuse(matcher, errors)
     key = prefix + "class_embed"
+    if matcher.mesh is not None and key in state_dict:
+        state_dict[key] = sharded.table.own_rows(state_dict[key], own["class_embed"])
     if metadata.get("assign_to_params_buffers") and key in state_dict and not matcher.sparse_grad:
         state_dict[key] = state_dict[key].contiguous(memory_format=torch.channels_last)
 

@@ -1,13 +1,20 @@
-"""What ranks of `torch.distributed` do together: sums of batch norms over all ranks, one search of the class graph."""
+"""What ranks of `torch.distributed` do together: sums for batch norms over all ranks, one search of the class graph,
+means of gradients, and errors that all of them raise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def has_ranks(group: Any = None) -> bool:
@@ -38,14 +45,103 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of `group`, differentiable; all of them call it, in the same order."""
+    """The sum over the ranks of `group`, differentiable; all of them call it, in the same order.
+
+    So is its backward, also on a rank that needs no gradient here: others may wait for it.
+    """
+    if torch.is_grad_enabled() and not values.requires_grad:
+        values = values.detach().requires_grad_()
     total: Tensor = _SumOverRanks.apply(values, group)  # type: ignore[no-untyped-call]
     return total
 
 
-def is_synced(norm: nn.Module) -> bool:
-    """Whether a norm's batch statistics are those of all ranks (`SyncBatchNorm.convert_sync_batchnorm`)."""
-    return isinstance(norm, nn.SyncBatchNorm) and has_ranks(norm.process_group)
+class _SharedByRanks(torch.autograd.Function):
+    """Parameters that all ranks have alike; each one's gradient is the mean of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined = torch.cat([grad.flatten() for grad in grads])  # one message, not one for each parameter
+        distributed.all_reduce(joined, group=ctx.group)
+        parts = joined.div_(distributed.get_world_size(ctx.group)).split([grad.numel() for grad in grads])
+        means = [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
+        return None, *means
+
+
+def shared_by_ranks(parameters: list[Tensor], group: Any) -> list[Tensor]:
+    """`parameters` whose gradients are the means over the ranks of `group`; all of them call it, in the same order."""
+    shared: tuple[Tensor, ...] = _SharedByRanks.apply(group, *parameters)  # type: ignore[no-untyped-call]
+    return list(shared)
+
+
+def statistics_group(norm: nn.Module, mesh: DeviceMesh | None) -> Any:
+    """The group of ranks whose batches a norm's statistics are over; None for this rank's batch alone.
+
+    That is the mesh's, or that of a `SyncBatchNorm` (`convert_sync_batchnorm`).
+    """
+    if mesh is not None:
+        return mesh.get_group() if mesh.size() > 1 else None
+    if isinstance(norm, nn.SyncBatchNorm) and has_ranks(norm.process_group):
+        return norm.process_group or distributed.group.WORLD
+    return None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A `DTensor` gathered from all ranks, which call it together; any other tensor as it is."""
+    full_tensor: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """This rank's part of a `DTensor`; any other tensor as it is."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+class Agreement:
+    """Context of what may fail on some ranks of a group: if it does on one, all raise, and none waits for another.
+
+    All ranks enter it together. Within it `size` and `needs_grad` may be set; after it `sizes` has the sizes of all
+    ranks, and `needs_grad` says whether any has set it.
+
+    Args:
+        mesh: of the ranks.
+        device: of the messages.
+
+    Raises:
+        RuntimeError: at the end, where another rank failed; names it and its error.
+    """
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self.mesh, self.device = mesh, device
+        self.size, self.needs_grad = 0, False
+        self.sizes: list[int] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception | None):  # Ctrl-C: not the time to wait for others
+            return
+        group, ranks = self.mesh.get_group(), self.mesh.size()
+        own = torch.tensor([self.size if error is None else -1, self.needs_grad], device=self.device)
+        found = [torch.empty_like(own) for _ in range(ranks)]
+        distributed.all_gather(found, own, group)
+        self.sizes, needs_grad = torch.stack(found).T.tolist()
+        self.needs_grad = any(needs_grad)
+        if min(self.sizes) >= 0:
+            return
+        messages: list[str | None] = [None] * ranks
+        distributed.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}", group)
+        if error is None:
+            rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+            raise RuntimeError(f"rank {rank} of the mesh failed: {message}")
 
 
 def computed_by_first_rank(compute: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -74,3 +170,24 @@ def computed_by_first_rank(compute: Callable[[], Tensor], shape: tuple[int, ...]
         raise RuntimeError(f"rank 0 could not build the class graph: {failure[0]}")
     distributed.broadcast(result, src=0)
     return result
+
+
+def batches_of_all_ranks(feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The batches of all ranks, one after the other; only this one where `torch.distributed` is not initialised."""
+    if not has_ranks():
+        return feature, target
+
+    def gathered(tensor: Tensor) -> list[Tensor]:
+        tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(tensors, tensor)
+        return tensors
+
+    counts = torch.cat(gathered(target.new_tensor([len(target)]))).tolist()
+    padding = max(counts) - len(target)
+    features = gathered(F.pad(feature, (0, 0, 0, 0, 0, 0, 0, padding)).contiguous())
+    targets = gathered(F.pad(target, (0, padding)))
+
+    def joined(tensors: list[Tensor]) -> Tensor:
+        return torch.cat([tensor[:count] for tensor, count in zip(tensors, counts, strict=True)])
+
+    return joined(features), joined(targets)

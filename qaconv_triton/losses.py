@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checkpoint
+from .distributed import batches_of_all_ranks
 from .recompute import MemoryLog, StatisticsGuard, is_recomputing
 from .validation import check_count, check_device, check_labels, check_maps, check_number
 
@@ -174,6 +175,24 @@ class MatcherLoss(nn.Module):
         if strict and isinstance(state_dict, Mapping):
             checkpoint.check_keys(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the parameters as an optimizer's groups: those that are whole, and those sharded over a mesh, if any.
+
+        An optimizer with `foreach` or `fused` takes either kind, but not both in one group.
+
+        Returns:
+            One or two dicts with `"params"`; add options to each as you like.
+
+        Examples:
+            >>> criterion = SoftmaxTripletLoss(QAConv(8, 4, 4, num_classes=10, k_nearest=3))
+            >>> optimizer = torch.optim.AdamW(criterion.param_groups(), lr=1e-3, foreach=True)
+        """
+        whole: list[nn.Parameter] = []
+        sharded: list[nn.Parameter] = []
+        for parameter in self.parameters():
+            (sharded if hasattr(parameter, "device_mesh") else whole).append(parameter)
+        return [{"params": parameters} for parameters in (whole, sharded) if parameters]
 
     def reset_running_stats(self) -> None:
         """Reset the matcher's running statistics."""
@@ -512,7 +531,7 @@ class ClassMemoryLoss(MatcherLoss):
 
         An invalid target is led to some row, and writes what the row holds anyway.
         """
-        features, targets = _of_all_ranks(feature, target)
+        features, targets = batches_of_all_ranks(feature, target)
         if not len(targets):
             return
         row = targets.clamp(0, self.num_classes - 1)
@@ -575,24 +594,3 @@ class ClassMemoryLoss(MatcherLoss):
                 else:
                     getattr(self, name).copy_(value)
         self._log.clear()
-
-
-def _of_all_ranks(feature: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The batches of all ranks, one after the other; only this one where `torch.distributed` is not initialised."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return feature, target
-
-    def gathered(tensor: Tensor) -> list[Tensor]:
-        tensors = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(tensors, tensor)
-        return tensors
-
-    counts = torch.cat(gathered(target.new_tensor([len(target)]))).tolist()
-    padding = max(counts) - len(target)
-    features = gathered(F.pad(feature, (0, 0, 0, 0, 0, 0, 0, padding)).contiguous())
-    targets = gathered(F.pad(target, (0, padding)))
-
-    def joined(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensor[:count] for tensor, count in zip(tensors, counts, strict=True)])
-
-    return joined(features), joined(targets)

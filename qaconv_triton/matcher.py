@@ -9,13 +9,14 @@ import copy
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, functional, ops
-from .distributed import computed_by_first_rank, has_ranks, is_in_ddp_forward
+from . import checkpoint, functional, sharded
+from .correspondences import Correspondences, find_correspondences
+from .distributed import computed_by_first_rank, has_ranks, is_in_ddp_forward, local_rows
 from .progress import Progress
 from .scores import (
     PAIRS,
@@ -40,31 +41,10 @@ from .validation import (
     values_may_be_read,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 SAMPLED_ROWS = 16  # of a class table, and of the values of each
-
-
-class Correspondences(NamedTuple):
-    """Best matches between the maps of pairs, both ways, `[B, H, W]` each; locations are counted row by row, h*W + w.
-
-    NaN is more similar than any number: a location of NaN is the best match of all.
-
-    Attributes:
-        b_location: int64, for each location of a the location of b that is most similar.
-        similarity_a: its cosine similarity, times both visibilities; fp32 (fp64 for fp64).
-        a_location: int64, for each location of b the location of a that is most similar.
-        similarity_b: likewise.
-
-    Examples:
-        >>> similar = torch.ones(1, 1, 1)
-        >>> found = Correspondences(torch.tensor([[[5]]]), similar, torch.tensor([[[0]]]), similar)
-        >>> divmod(found.b_location.item(), 3)  # row and column, on a map of width 3
-        (1, 2)
-    """
-
-    b_location: Tensor
-    similarity_a: Tensor
-    a_location: Tensor
-    similarity_b: Tensor
 
 
 class QAConv(nn.Module):
@@ -82,10 +62,16 @@ class QAConv(nn.Module):
             then laid out as those optimizers need it, contiguous, not channels-last: matching reads it more slowly.
         shared_fc: one `fc.weight [1, S]` for both halves of the pooled values, whose bias counts twice, as QAConv 2.1
             and later train it. Then their checkpoints resume exactly, the optimizer's state included.
+        mesh: a one-dimensional `DeviceMesh`, over whose ranks the class table is sharded: `class_embed` is a `DTensor`,
+            `Shard(0)`, and each rank makes its own rows. All ranks then call the module together, each with its own
+            batch: see docs/many-devices.md.
+        device: of the parameters; the current one of the mesh where None.
+        dtype: of the parameters.
 
     Raises:
-        TypeError: a size that is not an integer, a flag that is not a bool.
-        ValueError: a size below 1, or `k_nearest` above N - 1.
+        TypeError: a size that is not an integer, a flag that is not a bool, a mesh that is none.
+        ValueError: a size below 1, or `k_nearest` above N - 1; a mesh of several dimensions, of another device type,
+            without a class table, or with `sparse_grad`.
 
     Examples:
         >>> matcher = QAConv(64, 7, 7, num_classes=100, k_nearest=10)
@@ -111,6 +97,9 @@ class QAConv(nn.Module):
         include_self: bool = False,
         sparse_grad: bool = False,
         shared_fc: bool = False,
+        mesh: DeviceMesh | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_features, height, width = (
@@ -124,6 +113,9 @@ class QAConv(nn.Module):
             check_count(k_nearest, "k_nearest", low=1, high=num_classes - 1, why=f"num_classes is {num_classes}")
         for flag, name in ((include_self, "include_self"), (sparse_grad, "sparse_grad"), (shared_fc, "shared_fc")):
             check_flag(flag, name)
+        if mesh is not None:
+            sharded.table.check_mesh(mesh, num_classes, sparse_grad, device)
+            device = sharded.table.device_of(mesh) if device is None else device
         self.num_features = num_features
         self.height = height
         self.width = width
@@ -131,14 +123,18 @@ class QAConv(nn.Module):
         self.include_self = include_self
         self.sparse_grad = sparse_grad
         self.shared_fc = shared_fc
-        self.bn = nn.BatchNorm1d(1)
-        self.fc = nn.Linear((1 if shared_fc else 2) * height * width, 1)
-        self.logit_bn = nn.BatchNorm1d(1)
+        self.bn = nn.BatchNorm1d(1, device=device, dtype=dtype)
+        self.fc = nn.Linear((1 if shared_fc else 2) * height * width, 1, device=device, dtype=dtype)
+        self.logit_bn = nn.BatchNorm1d(1, device=device, dtype=dtype)
         nn.init.constant_(self.fc.weight, 1.0 / (height * width))
         if num_classes is None:
             self.register_parameter("class_embed", None)
+        elif mesh is not None:
+            self.class_embed = sharded.table.new_table((num_classes, num_features, height, width), mesh, device, dtype)
+            sharded.table.broadcast_from_first(list(self.fc.parameters()), mesh)
         else:
-            table = torch.randn(num_classes, num_features, height, width).div_(num_features**0.5)
+            table = torch.randn(num_classes, num_features, height, width, device=device, dtype=dtype)
+            table.div_(num_features**0.5)
             # Channels-last is how kernels read it. With a contiguous table a step takes 1.8 times as long on a CPU, and
             # kernels lose their wide loads. Torch's optimizers add a sparse gradient to a contiguous parameter only.
             layout = torch.contiguous_format if sparse_grad else torch.channels_last
@@ -157,11 +153,17 @@ class QAConv(nn.Module):
         return None if self.class_embed is None else self.class_embed.shape[0]
 
     @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh that the class table is sharded over; None for a table that is whole."""
+        return getattr(self.class_embed, "device_mesh", None)
+
+    @property
     def class_neighbors(self) -> Tensor | None:
         """The class graph, int64 `[N, K]` on the module's device; None until it is built, or after it is dropped.
 
         An attribute, not a buffer: it is in no state dict, and is neither averaged nor broadcast. A graph of your own
-        may be assigned, or one saved with a checkpoint: the next search starts from it, as it would have done.
+        may be assigned, or one saved with a checkpoint: the next search starts from it, as it would have done. Of a
+        sharded table it is a `DTensor`, `Shard(0)`; `.full_tensor()` on all ranks makes it whole.
 
         Raises:
             TypeError: assigned something else than an int64 tensor.
@@ -186,8 +188,10 @@ class QAConv(nn.Module):
             check_layout(neighbors, name)
             if tuple(neighbors.shape) != shape:
                 raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
+            if self.mesh is not None:
+                neighbors = sharded.table.own_rows(neighbors, table)
             if not neighbors.is_meta:
-                check_index(neighbors, shape[0], name, "classes")
+                check_index(local_rows(neighbors), shape[0], name, "classes")
             neighbors = self._last_graph = neighbors.detach().to(table.device)
         self._graph, self._copied_table = neighbors, None
 
@@ -228,11 +232,11 @@ class QAConv(nn.Module):
             ValueError: shapes or devices that do not fit the module, another string than "same", no class table.
             IndexError: a label that is not a class; on CUDA such a row is NaN unless `QACONV_TRITON_CHECKS=1`.
         """
-        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         if isinstance(gal_fea, str) and gal_fea != "same":
             raise ValueError(f'gal_fea: expected a tensor, "same" or None, got {gal_fea!r}')
         if gal_fea is None and self._pending_gallery is None:  # every class, or with labels each class's neighbours
             return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
+        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         gallery = prob_fea if isinstance(gal_fea, str) else self._pending_gallery if gal_fea is None else gal_fea
         assert gallery is not None
         self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
@@ -256,7 +260,6 @@ class QAConv(nn.Module):
         Raises:
             TypeError, ValueError, IndexError: as for `forward`.
         """
-        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         scores, statistics, neighbors = self._score_neighbors(prob_fea, labels, prob_occ)
         self._finish(statistics, neighbors)
         return scores
@@ -266,6 +269,9 @@ class QAConv(nn.Module):
     ) -> tuple[ClassScores, list[BatchStatistics], Tensor]:
         """Score samples as `class_scores` does, without a change of the module: that is left to `_finish`."""
         table = self._class_table()
+        if self.mesh is not None:
+            return sharded.scores.score_neighbors(self, prob_fea, labels, prob_occ)
+        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         classes = table.shape[0]
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
         check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self._head)
@@ -371,29 +377,22 @@ class QAConv(nn.Module):
             [[1, 0], [3, 2]]
         """
         self._check_pairs_of_maps(a, b, a_occ, b_occ, ("a", "b", "a_occ", "b_occ"))
-        values, places = [], []
-        for probe, gallery, index in prepared_pairs(a, b, a_occ, b_occ, PAIRS):
-            pooled, argmax, *_ = ops.max_correlation(probe, gallery, index, None, False, False)
-            values.append(pooled)
-            places.append(argmax)
-        shape = (-1, self.height, self.width)
-        (on_a, on_b), (b_location, a_location) = (
-            [part.reshape(shape) for part in torch.cat(parts).chunk(2, dim=-1)] for parts in (values, places)
-        )
-        return Correspondences(b_location.long(), on_a, a_location.long(), on_b)
+        return find_correspondences(a, b, a_occ, b_occ)
 
     def compute_class_neighbors(self, *, progress: bool | Progress = False) -> Tensor:
         """Build the class graph now, from the class table as it is: int64 `[N, K]`, kept in `class_neighbors`.
 
         From the second time on, the graph before is where the search starts from. In training mode, where
-        `torch.distributed` is initialised, all ranks call it together: rank 0 searches, and all get its graph.
+        `torch.distributed` is initialised, all ranks call it together: rank 0 searches, and all get its graph. Where
+        the table is sharded, the ranks of the mesh search together, in either mode, and always from the start: the
+        graph is a `DTensor`.
 
         Args:
             progress: as of `functional.class_neighbors`.
 
         Raises:
             ValueError: no class table, `k_nearest` out of range, NaN or Inf in the table.
-            RuntimeError: rank 0 could not build the graph.
+            RuntimeError: rank 0, or another rank of the mesh, could not build the graph.
         """
         neighbors = self._search_neighbors(progress, together=self.training and has_ranks())
         self._graph, self._last_graph, self._copied_table = neighbors, neighbors, None
@@ -424,14 +423,20 @@ class QAConv(nn.Module):
         self.logit_bn.reset_parameters()
         self.fc.reset_parameters()
         nn.init.constant_(self.fc.weight, 1.0 / (self.height * self.width))
-        if self.class_embed is not None:
+        if self.mesh is not None:
+            sharded.table.draw(self._class_table())
+            sharded.table.broadcast_from_first(list(self.fc.parameters()), self.mesh)
+        elif self.class_embed is not None:
             nn.init.normal_(self.class_embed, std=self.num_features**-0.5)
         self.reset_class_neighbors()
         self._last_graph = None
 
     def clone(self) -> QAConv:
         """Return an independent copy: parameters, statistics, mode, device and class graph."""
-        return copy.deepcopy(self)
+        twin = copy.deepcopy(self)
+        if self.mesh is not None:
+            twin._graph = self._graph
+        return twin
 
     def _forward_classes(
         self, prob_fea: Tensor, labels: Tensor | None, prob_occ: Tensor | None, gal_occ: Tensor | None
@@ -440,7 +445,10 @@ class QAConv(nn.Module):
         if labels is not None:
             class_scores, statistics, neighbors = self._score_neighbors(prob_fea, labels, prob_occ)
             scores = class_scores.to_dense()
+        elif self.mesh is not None:
+            scores, statistics = sharded.scores.score_classes(self, prob_fea, prob_occ)
         else:
+            self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
             probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
             scores, statistics = score_maps(self._head, probe, table, raw=True, sparse_grad=self.sparse_grad)
         if gal_occ is not None and not self._warned_of_gallery_visibility:
@@ -452,7 +460,7 @@ class QAConv(nn.Module):
 
     @property
     def _head(self) -> Head:
-        return Head(self.bn, self.fc, self.logit_bn)
+        return Head(self.bn, self.fc, self.logit_bn, self.mesh)
 
     def _class_table(self) -> Tensor:
         if self.class_embed is None:
@@ -475,6 +483,8 @@ class QAConv(nn.Module):
             neighbors: Tensor = torch.compiler.disable(QAConv._search_neighbors)(self, progress, together=together)
             return neighbors
         table, previous = self._class_table(), self._last_graph
+        if self.mesh is not None:
+            return sharded.graph.search_neighbors(table, self.k_nearest, progress)
         shape = table.shape[0], self.k_nearest
         if previous is not None and tuple(previous.shape) != shape:
             previous = None
@@ -483,7 +493,7 @@ class QAConv(nn.Module):
 
     def _sample_table(self) -> Tensor | None:
         """Some values of the table of a graph: they tell whether all of it was written to, through `.data` or not."""
-        if self._graph is None or self._graph.is_meta:
+        if self._graph is None or self._graph.is_meta or self.mesh is not None:
             return None
         table = self._class_table().detach()
         rows = table[:: max(1, table.shape[0] // SAMPLED_ROWS)].flatten(1)
@@ -561,10 +571,14 @@ class QAConv(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.mesh is not None:
+            sharded.table.refuse_pickling(self._class_table())
         # Maps of one step, with their graph, and a mere hint: neither copied nor pickled.
         return {**self.__dict__, "_pending_gallery": None, "_last_graph": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pending_gallery = None
+        if self.mesh is not None:
+            self._graph = None  # no sample tells, alike on all ranks, whether the copy is averaged or loaded later
         self._copied_table = self._sample_table()

@@ -297,6 +297,21 @@ def _(
     )
 
 
+def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """The k rows of `right [m, D]` of largest cosine for every row of `left [n, D]`, and the reverse, in one product.
+
+    No op of torch, for no compiled code calls it: see `kernels.cosine_topk.mutual_topk`.
+    """
+    left, right = left.contiguous(), right.contiguous()
+    # Candidates must exceed a threshold; those that equal the k-th best so far may have a lower id, and are wanted.
+    thresholds = torch.nextafter(thresholds, thresholds.new_tensor(-torch.inf))
+    with _as_given(left):
+        found: tuple[Tensor, Tensor] = _backend("cosine_topk", left.device, left.dtype).mutual_topk(
+            left, right, k, thresholds
+        )
+    return found
+
+
 def _has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode differentiation is under way and `tensor` takes part in it."""
     if forward_ad._current_level < 0:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
+from .distributed import whole
 from .validation import check_count
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class GraphSampler(Sampler[list[int]]):
         labels: int `[M]`, the class of every sample of the dataset; a tensor, a list or an array.
         neighbors: int `[N, K]`, the classes nearest to each class, nearest first; or a function without
             arguments that returns such a tensor, called once an epoch, before its first batch (for a graph that
-            is computed anew, such as `matcher.compute_class_neighbors`).
+            is computed anew, such as `matcher.compute_class_neighbors`). One that is sharded is gathered whole.
         batch_size: samples in a batch of one rank, a multiple of `num_instances`.
         num_instances: samples of each class in a batch.
         seed: of the random order; every epoch of every seed has its own. The same on every rank.
@@ -280,7 +281,7 @@ class GraphSampler(Sampler[list[int]]):
         start = 0 if self._resumed is None else self._resumed.position
         count = max(0, -(-(len(self) * num_replicas - start) // num_replicas))
         if count:
-            neighbors = self.neighbors() if callable(self.neighbors) else self.neighbors
+            neighbors = whole(self.neighbors() if callable(self.neighbors) else self.neighbors)
             self._check_neighbors(neighbors)
         saved, self._resumed = self._resumed, None
         epoch, self.epoch = self.epoch, self.epoch + 1

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional, ops
 from .common.dtypes import accumulation_dtype
-from .distributed import is_synced, sum_over_ranks
+from .distributed import shared_by_ranks, statistics_group, sum_over_ranks
 from .recompute import is_recomputing
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 MAP_BYTES = 256 * 2**20  # of prepared gallery maps at a time, where nothing needs them later
 PAIRS = 256  # of corresponding maps at a time, likewise
@@ -65,11 +68,13 @@ class Head(NamedTuple):
         bn: `BatchNorm1d(1)`, for the pooled values.
         fc: `Linear(2S, 1)`, or `Linear(S, 1)` for both halves, whose two outputs are added.
         logit_bn: `BatchNorm1d(1)`, for the logits.
+        mesh: of a matcher whose ranks work together: statistics are those of all, gradients the means of theirs.
     """
 
     bn: nn.BatchNorm1d
     fc: nn.Linear
     logit_bn: nn.BatchNorm1d
+    mesh: DeviceMesh | None = None
 
     def is_frozen(self, *, evaluate: bool = False) -> bool:
         """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
@@ -78,6 +83,22 @@ class Head(NamedTuple):
     def needs_sums_only(self, *, evaluate: bool = False) -> bool:
         """Whether neither gradients nor batch statistics need the pooled values: a pair is one number then."""
         return self.is_frozen(evaluate=evaluate) and not torch.is_grad_enabled()
+
+    def statistics_group(self, norm: nn.BatchNorm1d, evaluate: bool) -> Any:
+        """The ranks that `norm` takes batch statistics over; None where it takes none, or this rank's alone."""
+        return statistics_group(norm, self.mesh) if _uses_batch(norm, evaluate) else None
+
+    def parameters(self) -> tuple[Affine, Affine, Affine]:
+        """Weight and bias of the three modules."""
+        modules = self.bn, self.fc, self.logit_bn
+        found: list[Tensor | None] = [each for module in modules for each in (module.weight, module.bias)]
+        if self.mesh is not None and self.mesh.size() > 1:
+            shared = iter(shared_by_ranks([each for each in found if each is not None], self.mesh.get_group()))
+            found = [None if each is None else next(shared) for each in found]
+        return (found[0], found[1]), (found[2], found[3]), (found[4], found[5])
+
+
+Affine = tuple[Tensor | None, Tensor | None]  # weight and bias
 
 
 class BatchStatistics(NamedTuple):
@@ -152,20 +173,26 @@ def score_maps(
     sparse_grad: bool = False,
     evaluate: bool = False,
     valid: Tensor | None = None,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, list[BatchStatistics]]:
     """Score prepared probes against prepared gallery maps, or the `raw` class table; `index`, `group` as of the op.
 
     Pooled values exist only where something needs them: else each pair is one number, its norms folded into `fc`.
+    Of `pairs`, int64 `[Q]`, which count through `index [P, K]`, only those are scored; the others are in no statistic.
 
     Returns:
-        As `pair_scores`.
+        As `pair_scores`; `[Q]` with `pairs`.
     """
     if head.needs_sums_only(evaluate=evaluate):
         locations, dtype = probe.shape[2] * probe.shape[3], accumulation_dtype(probe.dtype)
         weight, shift = folded(head, 2 * locations, dtype)
-        return ops.pair_sums(probe, gallery, index, group, raw, weight) + shift, []
+        scores = ops.pair_sums(probe, gallery, index, group, raw, weight) + shift
+        return scores if pairs is None else scores.flatten().index_select(0, pairs), []
     pooled = ops.max_correlation(probe, gallery, index, group, raw, raw and sparse_grad)[0]
-    return pair_scores(pooled, head, evaluate=evaluate, valid=valid)
+    if pairs is None:
+        return pair_scores(pooled, head, evaluate=evaluate, valid=valid)
+    scores, statistics = pair_scores(pooled.flatten(0, 1).index_select(0, pairs).unsqueeze(1), head, evaluate=evaluate)
+    return scores.squeeze(1), statistics
 
 
 def pair_scores(
@@ -188,25 +215,25 @@ def pair_scores(
     Raises:
         ValueError: batch statistics of a single pair.
     """
-    bn, fc, logit_bn = head
     pairs = pooled.shape[0] * pooled.shape[1]
-    if pairs == 0 and not (_is_synced(bn, evaluate) or _is_synced(logit_bn, evaluate)):
+    parameters = head.parameters()
+    if pairs == 0 and not any(head.statistics_group(norm, evaluate) for norm in (head.bn, head.logit_bn)):
         # all parameters take part, for other ranks may have pairs and wait for their gradients
         scores = pooled.sum(-1)
-        for parameter in (*bn.parameters(), *fc.parameters(), *logit_bn.parameters()):
+        for parameter in (each for pair in parameters for each in pair if each is not None):
             scores = scores + parameter.sum().to(pooled.dtype)
         return scores, []
     check_pairs(pairs, head, evaluate=evaluate)
     statistics: list[BatchStatistics] = []
     with torch.autocast(pooled.device.type, enabled=False):
-        weight, bias = _both_halves(fc, pooled.shape[-1], pooled.dtype)
+        weight, bias = _both_halves(parameters[1], pooled.shape[-1], pooled.dtype)
         mask = None if valid is None else valid.view(-1, 1, 1)
-        centred, scale, shift = _batch_norm(bn, pooled, mask, evaluate, statistics)
+        centred, scale, shift = _batch_norm(head, head.bn, parameters[0], pooled, mask, evaluate, statistics)
         logits = (centred @ weight) * scale + shift * weight.sum()
         if bias is not None:
             logits = logits + bias
         mask = None if mask is None else mask.squeeze(-1)
-        centred, scale, shift = _batch_norm(logit_bn, logits, mask, evaluate, statistics)
+        centred, scale, shift = _batch_norm(head, head.logit_bn, parameters[2], logits, mask, evaluate, statistics)
         scores = centred * scale + shift
         return scores if mask is None else torch.where(mask, scores, torch.nan), statistics
 
@@ -243,9 +270,10 @@ def update_running_statistics(statistics: list[BatchStatistics]) -> None:
         torch._foreach_copy_(buffers, values)  # one call: no signal comes between
 
 
-def _both_halves(fc: nn.Linear, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _both_halves(fc: Affine, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight `[2S]` and bias of `fc` over all `size = 2S` pooled values; a shared `fc` counts for each half."""
-    weight, bias = fc.weight.to(dtype).squeeze(0), None if fc.bias is None else fc.bias.to(dtype).squeeze(0)
+    assert fc[0] is not None
+    weight, bias = fc[0].to(dtype).squeeze(0), None if fc[1] is None else fc[1].to(dtype).squeeze(0)
     if 2 * weight.shape[0] == size:
         return torch.cat([weight, weight]), None if bias is None else 2 * bias
     return weight, bias
@@ -261,7 +289,7 @@ def folded(head: Head, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         dtype: of the result.
     """
     scale, shift = _affine(head.bn)
-    weight, bias = _both_halves(head.fc, size, torch.float64)
+    weight, bias = _both_halves((head.fc.weight, head.fc.bias), size, torch.float64)
     logit = shift * weight.sum()
     if bias is not None:
         logit = logit + bias
@@ -273,7 +301,7 @@ def _affine(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """A frozen norm of one channel as scale and shift, both `[]`, in fp64."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale, shift = _scale_and_shift(norm, norm.running_var.double())
+    scale, shift = _scale_and_shift(norm, (norm.weight, norm.bias), norm.running_var.double())
     return scale.squeeze(0), (shift - norm.running_mean.double() * scale).squeeze(0)
 
 
@@ -283,7 +311,7 @@ def check_pairs(pairs: int, head: Head, *, evaluate: bool = False) -> None:
     Raises:
         ValueError: a single pair.
     """
-    if pairs == 1 and _uses_batch(head.logit_bn, evaluate) and not is_synced(head.logit_bn):
+    if pairs == 1 and _uses_batch(head.logit_bn, evaluate) and not head.statistics_group(head.logit_bn, evaluate):
         raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 
@@ -295,31 +323,33 @@ def _uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
     return (norm.training and not evaluate) or norm.running_mean is None
 
 
-def _is_synced(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
-    return _uses_batch(norm, evaluate) and is_synced(norm)
-
-
 def _batch_norm(
-    norm: nn.BatchNorm1d, values: Tensor, mask: Tensor | None, evaluate: bool, statistics: list[BatchStatistics]
+    head: Head,
+    norm: nn.BatchNorm1d,
+    affine: Affine,
+    values: Tensor,
+    mask: Tensor | None,
+    evaluate: bool,
+    statistics: list[BatchStatistics],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split `norm` over all of `values` into `(values - mean, scale, shift)`; what `mask` leaves out is zero.
+    """Split a `norm` of the head over all of `values` into `(values - mean, scale, shift)`; it has parameters `affine`.
 
-    What the running statistics are to be updated with is appended to `statistics`.
+    What `mask` leaves out is zero. What the running statistics are to be updated with is appended to `statistics`.
     """
     if _uses_batch(norm, evaluate):
-        synced = _is_synced(norm, evaluate)
+        group = head.statistics_group(norm, evaluate)
         counted = values if mask is None else torch.where(mask, values, 0.0)
         count = values.new_full((), float(values.numel()))
         if mask is not None:
             count = mask.sum() * (values.numel() // max(mask.numel(), 1)) * values.new_ones(())
-        if synced:
-            count, total = sum_over_ranks(torch.stack([count, counted.sum()]), norm.process_group).unbind()
+        if group is not None:
+            count, total = sum_over_ranks(torch.stack([count, counted.sum()]), group).unbind()
             mean = total / count.clamp(min=1.0)
         else:
             mean = values.mean() if mask is None else counted.sum() / count.clamp(min=1.0)
         centred = values - mean if mask is None else torch.where(mask, values - mean, 0.0)
         squares = centred.square().sum()
-        variance = (sum_over_ranks(squares, norm.process_group) if synced else squares) / count.clamp(min=1.0)
+        variance = (squares if group is None else sum_over_ranks(squares, group)) / count.clamp(min=1.0)
         if norm.training and not evaluate and _tracks(norm):
             statistics.append(BatchStatistics(norm, mean.detach(), variance.detach(), count))
     else:
@@ -329,12 +359,12 @@ def _batch_norm(
         centred = values - mean
         if mask is not None:
             centred = torch.where(mask, centred, 0.0)
-    return centred, *_scale_and_shift(norm, variance)
+    return centred, *_scale_and_shift(norm, affine, variance)
 
 
-def _scale_and_shift(norm: nn.BatchNorm1d, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """What `norm` does to centred values of that variance, in its dtype."""
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(variance.dtype)
-    return scale, torch.zeros_like(scale) if norm.bias is None else norm.bias.to(variance.dtype)
+def _scale_and_shift(norm: nn.BatchNorm1d, affine: Affine, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """What `norm`, with weight and bias `affine`, does to centred values of that variance, in its dtype."""
+    scale, (weight, bias) = (variance + norm.eps).rsqrt(), affine
+    if weight is not None:
+        scale = scale * weight.to(variance.dtype)
+    return scale, torch.zeros_like(scale) if bias is None else bias.to(variance.dtype)

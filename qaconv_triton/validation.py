@@ -202,8 +202,8 @@ def check_number(value: object, name: str, *, why: str) -> float:
     return number
 
 
-def check_finite_rows(table: Tensor, name: str) -> None:
-    """Require every row of `table [N, ...]` to be finite, without a copy of the table.
+def check_finite_rows(table: Tensor, name: str, first: int = 0) -> None:
+    """Require every row of `table [N, ...]`, classes from `first` on, to be finite, without a copy of the table.
 
     Raises:
         ValueError: naming the first classes with NaN or Inf.
@@ -214,6 +214,5 @@ def check_finite_rows(table: Tensor, name: str) -> None:
     finite = torch.isfinite(table.amin(every_other)) & torch.isfinite(table.amax(every_other))
     broken = finite.logical_not().nonzero().flatten()
     if broken.numel():
-        raise ValueError(
-            f"{name} holds NaN or Inf in {broken.numel()} of {table.shape[0]} classes, first: {broken[:5].tolist()}"
-        )
+        ids = (first + broken[:5]).tolist()
+        raise ValueError(f"{name} holds NaN or Inf in {broken.numel()} of {table.shape[0]} classes, first: {ids}")

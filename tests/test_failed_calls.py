@@ -35,11 +35,11 @@ def test_a_failure_between_the_norms_updates_neither(
     matcher, expected = class_matcher(), class_matcher()
     original, calls = scores_module._scale_and_shift, []
 
-    def failing(norm: torch.nn.BatchNorm1d, variance: Tensor) -> tuple[Tensor, Tensor]:
+    def failing(norm: torch.nn.BatchNorm1d, affine: Any, variance: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(norm)
         if norm is matcher.logit_bn:
             raise error("out of memory")
-        return original(norm, variance)
+        return original(norm, affine, variance)
 
     monkeypatch.setattr(scores_module, "_scale_and_shift", failing)
     with refused(error, ("out of memory",), matcher):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,33 @@ def test_the_plain_loop_goes_on_where_it_was_interrupted(ranks: list[str], tmp_p
     parts += run(*loop, tmp_path / "parts.pt", "--stop-after", str(batches - 7))
     parts += run(*loop, tmp_path / "parts.pt")
     assert losses(parts) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of torchrun in /proc")
+def test_a_sharded_table_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    """One process is killed, and the other ends too. On as many again the losses are those of a training that was not
+    interrupted; on another number, whose batches differ, it goes on as well.
+    """
+    script = ["examples/train_sharded.py", "--checkpoint"]
+    whole = losses(run(*TORCHRUN, *script, tmp_path / "whole", "--epochs", "3"))
+    assert len(whole) == 3
+    assert float(whole[-1].split()[-1]) < 0.5 * float(whole[0].split()[-1])
+    command = [sys.executable, *TORCHRUN, *script, str(tmp_path / "parts"), "--epochs", "300"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as torchrun:
+        assert torchrun.stdout is not None
+        printed = [torchrun.stdout.readline() for _ in range(2)]
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert torchrun.wait(timeout=60) != 0
+    assert losses("".join(printed)) == whole[:2]
+    for epoch in range(2, 300):  # what was saved after the second line
+        shutil.rmtree(tmp_path / "parts" / str(epoch), ignore_errors=True)
+    assert losses(run(*TORCHRUN, *script, tmp_path / "parts", "--epochs", "3")) == whole[1:]
+    alone = losses(run(*TORCHRUN[:-1], "1", *script, tmp_path / "whole", "--epochs", "4"))
+    assert len(alone) == 1
+    assert float(alone[0].split()[-1]) < float(whole[-1].split()[-1])
 
 
 @pytest.mark.slow

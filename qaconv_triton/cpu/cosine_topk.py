@@ -78,6 +78,41 @@ def cosine_topk(
     return values, ids
 
 
+def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels.cosine_topk.mutual_topk`, in fp64 as well; sums are fp32 (fp64 for fp64)."""
+    split = len(left)
+    if left.dtype == torch.float64 or not left.is_cpu:
+        return _mutual_by_sorting(left, right, k)
+    values = left.new_empty(split + len(right), k, dtype=torch.float32)
+    ids = left.new_empty(values.shape, dtype=torch.int64)
+    table, rnorm = with_norms(torch.cat([left, right]))
+    search = _Search(table, table, rnorm, rnorm, k, thresholds, None, True, WORKSPACE_BYTES, split)
+    for rows, best in search.run(None):
+        values[rows], ids[rows] = unpack(best)
+        values[rows].masked_fill_(best == EMPTY, -torch.inf)
+    return values, ids
+
+
+def _mutual_by_sorting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sort strips of the similarity, rows with the best so far of `left`, columns with those of `right`."""
+    dtype, split = accumulation_dtype(left.dtype), len(left)
+    left, right = unit(left.to(dtype)), unit(right.to(dtype))
+    values = left.new_full((split + len(right), k), -torch.inf)
+    ids = torch.full_like(values, -1, dtype=torch.int64)
+    strip = max(2, WORKSPACE_BYTES // (32 * max(len(right), 1)))
+    for start in range(0, split, strip):
+        similarity = left[start : start + strip] @ right.mT
+        rows = slice(start, start + len(similarity))
+        for part, block, first in ((rows, similarity, split), (slice(split, None), similarity.mT, start)):
+            # those before have lower ids, and come first among equals
+            block_ids = torch.arange(first, first + block.shape[1], device=ids.device).expand(block.shape)
+            joined = torch.cat([values[part], block], dim=1)
+            best, order = joined.sort(dim=1, descending=True, stable=True)
+            values[part] = best[:, :k]
+            ids[part] = torch.cat([ids[part], block_ids], dim=1).gather(1, order[:, :k])
+    return values, ids
+
+
 def _by_sorting(
     queries: Tensor, keys: Tensor | None, k: int, workspace_bytes: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
@@ -151,7 +186,10 @@ class _CandidateBuffers:
 
 
 class _Search:
-    """One pass over all tiles. `own [P]`: the ids of the queries among the keys, to be left out."""
+    """One pass over all tiles. `own [P]`: the ids of the queries among the keys, to be left out.
+
+    With a `split` a self search compares the rows before it with those from it on only: two tables in one.
+    """
 
     def __init__(
         self,
@@ -164,6 +202,7 @@ class _Search:
         own: Tensor | None,
         is_self_search: bool,
         workspace_bytes: int,
+        split: int | None = None,
     ) -> None:
         # A normalised copy, if the workspace has it, where that is less to scale than half of the similarity.
         self.unit = 16 * keys.numel() <= workspace_bytes and 8 * keys.shape[1] < len(keys)
@@ -171,7 +210,8 @@ class _Search:
             keys = keys * rnorm_keys.unsqueeze(1)
             queries = keys if is_self_search else queries * rnorm_queries.unsqueeze(1)
         self.queries, self.keys, self.rnorm_queries, self.rnorm_keys = queries, keys, rnorm_queries, rnorm_keys
-        self.k, self.own, self.is_self_search = k, own, is_self_search
+        self.k, self.own, self.is_self_search, self.split = k, own, is_self_search, split
+        self.end = len(queries) if split is None else split  # of the rows
         self.thresholds = torch.full_like(rnorm_queries, -torch.inf) if thresholds is None else thresholds
         # Padded to powers of two with -inf: positions are split by shifts, and no bounds checks are needed below.
         height, width = -(-len(queries) // GROUP) * GROUP, 1 << max(len(keys) - 1, 7).bit_length()
@@ -186,12 +226,16 @@ class _Search:
     def run(self, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
         """Yield, for a range of queries after the other, their k best candidates in falling order."""
         count, (height, width) = len(self.keys), self.block.shape
-        starts = range(0, len(self.queries), height)
-        done, total = 0, sum(-(-(count - (start if self.is_self_search else 0)) // width) for start in starts)
+        starts = range(0, self.end, height)
+
+        def first_column(start: int) -> int:
+            return self.split if self.split is not None else start if self.is_self_search else 0
+
+        done, total = 0, sum(-(-(count - first_column(start)) // width) for start in starts)
         for start in starts:
-            rows = slice(start, min(start + height, len(self.queries)))
+            rows = slice(start, min(start + height, self.end))
             self.row_buffers.counts.zero_()
-            for first in range(start if self.is_self_search else 0, count, width):
+            for first in range(first_column(start), count, width):
                 columns = slice(first, min(first + width, count))
                 self._multiply(rows, columns)
                 self._collect_rows(rows, columns)
@@ -201,13 +245,17 @@ class _Search:
                 if progress is not None:
                     progress(done, total)
             yield rows, self._best(rows)
+        for start in range(self.end, len(self.queries), height):  # they were columns only
+            rows = slice(start, min(start + height, len(self.queries)))
+            self.row_buffers.counts.zero_()
+            yield rows, self._best(rows)
 
     def _multiply(self, rows: slice, columns: slice) -> None:
         """Fill the block with the cosines of the queries `rows` and the keys `columns`."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         is_symmetric = self.is_self_search and rows.start == columns.start
         for top in range(0, height, TILE):
-            skipped_rows, query_tile = _tile(rows, top, len(self.queries))
+            skipped_rows, query_tile = _tile(rows, top, self.end)
             left = self.queries[query_tile].float()
             for start in range(0, width, TILE):
                 skipped_columns, key_tile = _tile(columns, start, len(self.keys))

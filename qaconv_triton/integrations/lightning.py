@@ -77,6 +77,11 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         matcher = self._find(module)
         if not isinstance(matcher, QAConv) or matcher.num_classes is None:
             raise ValueError(f"matcher: expected a QAConv with num_classes, got {matcher!r}")
+        if matcher.mesh is not None:
+            raise ValueError(
+                "matcher: its class table is sharded over a mesh, and Lightning's checkpoints cannot hold the graph; "
+                "call compute_class_neighbors in on_train_epoch_start of the LightningModule instead of this callback"
+            )
         return matcher
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -1,0 +1,119 @@
+"""The sharded class table: a DTensor, Shard(0), that is made shard by shard and never whole anywhere.
+
+Rows are dealt as `torch.chunk` deals them, the rule of DTensor: ceil(N / W) to each rank, fewer to the last ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+BLOCK = 256  # classes whose initial values are drawn together, from one seed
+
+
+def check_mesh(mesh: object, num_classes: int | None, sparse_grad: bool, device: torch.device | str | None) -> None:
+    """Require a one-dimensional mesh of this rank's, and a table that can be sharded over it.
+
+    Raises:
+        TypeError: not a `DeviceMesh`.
+        ValueError: more dimensions, a mesh without this rank, no class table, sparse gradients, another device type.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: expected a torch.distributed.DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh: expected one dimension, got {mesh.ndim}; slice a larger mesh by name, mesh['name']")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh: rank {distributed.get_rank()} is not in {mesh}")
+    if num_classes is None:
+        raise ValueError("mesh: there is no class table to shard; pass num_classes as well")
+    if sparse_grad:
+        raise ValueError("mesh: the gradient of a sharded class table is dense; sparse_grad=True needs a whole one")
+    if device is not None and torch.device(device).type != mesh.device_type:
+        raise ValueError(f"device: the mesh is of {mesh.device_type} devices, got {str(device)!r}")
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device: the current one of the mesh's type."""
+    return torch.empty(0, device=mesh.device_type).device
+
+
+def rows_of(num_rows: int, mesh: DeviceMesh, rank: int | None = None) -> slice:
+    """The rows, of `num_rows`, that a rank of the mesh has; this rank where None."""
+    rank = mesh.get_local_rank() if rank is None else rank
+    chunk = chunk_rows(num_rows, mesh)
+    return slice(min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows))
+
+
+def chunk_rows(num_rows: int, mesh: DeviceMesh) -> int:
+    """The rows of the first rank; no other has more."""
+    return -(-num_rows // mesh.size())
+
+
+def sharded(local: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
+    """Rows of this rank, `[n, ...]`, as a part of a tensor `[num_rows, ...]`; no copy, the memory format stays."""
+    shape = torch.Size((num_rows, *local.shape[1:]))
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=local.stride())
+
+
+def own_rows(whole: Tensor, like: Tensor) -> DTensor:
+    """The rows of a `whole` tensor that this rank has of `like`, sharded as that is; a `DTensor` as it is."""
+    assert isinstance(like, DTensor)
+    if isinstance(whole, DTensor):
+        return whole
+    rows = whole[rows_of(like.shape[0], like.device_mesh)].to(like.device)
+    return sharded(rows.contiguous(), like.shape[0], like.device_mesh)
+
+
+def new_table(
+    shape: tuple[int, int, int, int], mesh: DeviceMesh, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter:
+    """A class table `[N, C, H, W]`, of which each rank makes its own rows: channels-last, `randn / sqrt(C)`."""
+    rows = rows_of(shape[0], mesh)
+    size = rows.stop - rows.start, *shape[1:]
+    local = torch.empty(size, device=device, dtype=dtype, memory_format=torch.channels_last)
+    table = nn.Parameter(sharded(local, shape[0], mesh))
+    draw(table)
+    return table
+
+
+@torch.no_grad()
+def draw(table: Tensor) -> None:
+    """Draw the initial values of a sharded table, a block of classes at a time, each from its own seed.
+
+    So the values of a class depend on the seed alone, which is the first rank's, not on the number of ranks.
+    """
+    assert isinstance(table, DTensor)
+    local, mesh = table.to_local(), table.device_mesh
+    seed = torch.randint(2**62, (1,), device="cpu").to(local.device)
+    broadcast_from_first([seed], mesh)
+    first, last = (rows := rows_of(table.shape[0], mesh)).start, rows.stop
+    for start in range(first - first % BLOCK, last, BLOCK):
+        generator = torch.Generator(local.device).manual_seed(int(seed) + start // BLOCK)
+        size = BLOCK, *local.shape[1:]
+        block = torch.randn(size, generator=generator, device=local.device, dtype=local.dtype)
+        low, high = max(start, first), min(start + BLOCK, last)
+        local[low - first : high - first] = block[low - start : high - start] / local.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def broadcast_from_first(tensors: list[Tensor], mesh: DeviceMesh) -> None:
+    """Make `tensors` what they are on the first rank of the mesh."""
+    group = mesh.get_group()
+    for tensor in tensors:
+        distributed.broadcast(tensor, distributed.get_global_rank(group, 0), group)
+
+
+def refuse_pickling(table: Tensor) -> None:
+    """Make pickling of this very tensor raise: `torch.load` would return a table that has one rank's rows only."""
+    table.__reduce_ex__ = _refuse  # type: ignore[method-assign]
+
+
+def _refuse(protocol: Any) -> NoReturn:
+    raise TypeError(
+        "class_embed is sharded over a device mesh, and pickle (torch.save) would keep one rank's rows of it; save the "
+        "state dict with torch.distributed.checkpoint, which loads it on any number of ranks, one included"
+    )

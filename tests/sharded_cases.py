@@ -1,0 +1,57 @@
+"""What the tests of a sharded class table share: a matcher on a mesh, the same whole, and batches of every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qaconv_triton import QAConv
+
+N, K, C, H, W = 9, 4, 6, 2, 2  # on four ranks 3, 3, 3 and none
+SIZES = {0: (3, 1, 2, 2), 1: (0, 2, 1, 4), 2: (2, 2, 2, 2)}  # of the ranks' batches, by step modulo 3
+
+
+def table_values(seed: int = 0) -> Tensor:
+    return torch.randn(N, C, H, W, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_matcher(mesh: DeviceMesh | None, dtype: torch.dtype, **options: Any) -> QAConv:
+    """The same matcher, sharded over a mesh or whole."""
+    matcher = QAConv(C, H, W, N, K, mesh=mesh, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(1)
+    state = matcher.state_dict()
+    state["class_embed"] = table_values().to(dtype)
+    state["fc.weight"] = 0.5 + torch.rand(state["fc.weight"].shape, generator=generator).to(dtype)
+    state["fc.bias"] = torch.full((1,), 0.3, dtype=dtype)
+    for name, value in (("bn.weight", 1.3), ("bn.bias", -0.2), ("logit_bn.weight", 0.8), ("logit_bn.bias", 0.1)):
+        state[name] = torch.full((1,), value, dtype=dtype)
+    matcher.load_state_dict(state)
+    return matcher
+
+
+def batch(step: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, labels and visibility of a rank's batch."""
+    size = SIZES[step % 3][rank]
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    features = torch.randn(size, C, H, W, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(N, (size,), generator=generator)
+    visibility = torch.rand(size, 1, H, W, generator=generator, dtype=torch.float64).to(dtype)
+    return features.requires_grad_(), labels, visibility
+
+
+def loss_of(values: Tensor) -> Tensor:
+    """A loss of a rank's scores that an empty batch has as well."""
+    weights = torch.linspace(-1.0, 1.0, values.shape[1], dtype=values.dtype) if values.shape[1] else values.new_empty(0)
+    return ((values * weights).sum(1).sin() + values.square().mean(1)).sum()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or a `DTensor` gathered from all ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def gradients(matcher: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(each.grad) for name, each in matcher.named_parameters() if each.grad is not None}

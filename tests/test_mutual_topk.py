@@ -1,0 +1,63 @@
+"""Top-k of two tables in each other, in one product: what the ranks of a sharded class table search with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import by_falling_similarity, exact_cosines, exact_vectors
+from inputs import embeddings
+from neighbors import check
+
+from qaconv_triton import functional, ops
+
+
+@pytest.mark.parametrize("thresholds", ["none", "kth", "above all"])
+@pytest.mark.parametrize(("left_rows", "right_rows", "k"), [(1, 3, 2), (70, 33, 5), (3, 140, 20), (130, 130, 9)])
+def test_both_sides_with_ties(
+    left_rows: int, right_rows: int, k: int, thresholds: str, backend: str, device: torch.device
+) -> None:
+    """Products are exact, so that ties by ascending id are promised, at the thresholds as well."""
+    left, right = exact_vectors(left_rows, 20).to(device), exact_vectors(right_rows, 20).to(device)
+    similarity = exact_cosines(left, right)
+    bounds, expected = [], []
+    for first, side in ((left_rows, similarity), (0, similarity.mT)):
+        ids = by_falling_similarity(side, k)
+        values = side.gather(1, ids)
+        expected.append((values.float(), ids + first))
+        bounds.append(values[:, -1] if values.shape[1] == k else values.new_full((len(values),), -torch.inf))
+    bound = torch.cat(bounds).float()
+    bound = {"none": torch.full_like(bound, -torch.inf), "kth": bound, "above all": torch.full_like(bound, 2.0)}[
+        thresholds
+    ]
+    found, ids = ops.mutual_topk(left, right, k, bound)
+    for rows, (values, wanted) in zip((slice(0, left_rows), slice(left_rows, None)), expected, strict=True):
+        count = 0 if thresholds == "above all" else wanted.shape[1]
+        assert torch.equal(found[rows, :count], values[:, :count])
+        assert torch.equal(ids[rows, :count], wanted[:, :count])
+        assert (found[rows, count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    left, right = embeddings(65, 33, device, dtype), embeddings(40, 33, device, dtype)
+    bound = torch.full((105,), -torch.inf, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    values, ids = ops.mutual_topk(left, right, 7, bound)
+    check(left, right, 7, False, values[:65], ids[:65] - 65)
+    check(right, left, 7, False, values[65:], ids[65:])
+
+
+def test_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU tables of several blocks, in which columns do not begin at a tile."""
+    from qaconv_triton.cpu import cosine_topk as cpu
+
+    monkeypatch.setattr(cpu, "TILE", 16)
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(cpu, "BLOCK_COLUMNS", 64)
+    left, right = embeddings(75, 12, torch.device("cpu")), embeddings(201, 12, torch.device("cpu"))
+    for dtype in (torch.float32, torch.float64):
+        one, other = left.to(dtype), right.to(dtype)
+        bound = torch.full((276,), -torch.inf, dtype=dtype)
+        values, ids = cpu.mutual_topk(one, other, 11, bound)
+        check(one, other, 11, False, values[:75], ids[:75] - 75)
+        check(other, one, 11, False, values[75:], ids[75:])
+        assert torch.equal(ids[:75] - 75, functional.topk_cosine(one, other, 11)[1])

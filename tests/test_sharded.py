@@ -1,0 +1,521 @@
+"""A class table that is sharded over ranks, against the same table whole on one process that has all batches.
+
+Each check runs on meshes of one to four of the ranks; all of them in one start of the processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from sharded_cases import (
+    SIZES,
+    C,
+    H,
+    K,
+    N,
+    W,
+    batch,
+    gradients,
+    loss_of,
+    make_matcher,
+    whole,
+)
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from qaconv_triton import QAConv, SoftmaxTripletLoss, functional, sharded
+from qaconv_triton.losses import batch_hard_hinge
+from qaconv_triton.scores import score_maps, update_running_statistics
+
+RANKS, SIZES_OF_MESHES = 4, (1, 2, 3, 4)
+CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
+
+
+class Whole:
+    """The same step on one process that has the batches of all ranks; losses are the mean of the ranks' losses."""
+
+    def __init__(self, mesh: DeviceMesh, matcher: QAConv, dtype: torch.dtype) -> None:
+        self.ranks, self.rank, self.matcher, self.dtype = mesh.size(), mesh.get_local_rank(), matcher, dtype
+
+    def batches(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [batch(step, rank, self.dtype) for rank in range(self.ranks)]
+        features, labels, visibility = (torch.cat(each) for each in zip(*parts, strict=True))
+        return features.detach().requires_grad_(), labels, visibility
+
+    def parts(self, step: int, values: Tensor) -> tuple[Tensor, ...]:
+        return values.split(SIZES[step % 3][: self.ranks])
+
+    def own(self, step: int, values: Tensor) -> Tensor:
+        return self.parts(step, values)[self.rank]
+
+    def mean_loss(self, step: int, values: Tensor) -> Tensor:
+        return sum((loss_of(part) for part in self.parts(step, values)), values.new_zeros(())) / self.ranks
+
+
+def assert_same_state(matcher: QAConv, expected: QAConv, dtype: torch.dtype, **close: float) -> None:
+    close = CLOSE[dtype] | close
+    for what in ("named_parameters", "named_buffers"):
+        for (name, value), (_, other) in zip(getattr(matcher, what)(), getattr(expected, what)(), strict=True):
+            torch.testing.assert_close(whole(value.detach()), other.detach(), **close, msg=lambda m, n=name: n + m)
+
+
+def assert_same_gradients(matcher: nn.Module, expected: nn.Module, dtype: torch.dtype) -> None:
+    close = CLOSE[dtype] | ({"atol": 1e-5} if dtype == torch.float32 else {})  # some are zero but for rounding
+    found, wanted = gradients(matcher), gradients(expected)
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], **close, msg=lambda m, n=name: n + m)
+
+
+# --- construction
+
+
+def check_start(mesh: DeviceMesh) -> dict[str, Tensor]:
+    """Each rank makes its own rows; the first one's seed counts. Returns what should not depend on the ranks."""
+    count, shape = 700, (3, 2, 1)  # three blocks of seeds
+    torch.manual_seed(5 if mesh.get_local_rank() == 0 else 100 + mesh.get_local_rank())
+    matcher = QAConv(*shape, count, mesh=mesh)
+    table = matcher.class_embed
+    assert isinstance(table, DTensor)
+    assert isinstance(table, nn.Parameter)
+    assert table.shape == (count, *shape)
+    assert matcher.num_classes == count
+    assert len(table.to_local()) == len(torch.arange(count).chunk(mesh.size())[mesh.get_local_rank()])
+    assert table.to_local().is_contiguous(memory_format=torch.channels_last)
+    assert 0.9 < float(whole(table.detach()).std()) * 3**0.5 < 1.1
+    assert whole(table.detach()).flatten(1).unique(dim=0).shape[0] == count  # no two classes alike
+    start = {name: whole(value.detach()).clone() for name, value in matcher.named_parameters()}
+    matcher.reset_parameters()
+    start["reset"] = whole(table.detach())
+    assert not torch.equal(start["reset"], start["class_embed"])
+    assert QAConv(C, H, W, N, K, mesh=mesh, dtype=torch.bfloat16).class_embed.to_local().dtype == torch.bfloat16  # type: ignore[union-attr]
+    few = QAConv(C, H, W, 2, 1, mesh=mesh)  # shards of one row or none
+    assert whole(few.compute_class_neighbors()).tolist() == [[1], [0]]
+    return start
+
+
+# --- graph
+
+
+def check_graph(mesh: DeviceMesh) -> None:
+    """The ids of one process, ties included, with shards of several sizes; k beyond a shard's rows."""
+    for count, k, dtype in (
+        (41, 7, torch.bfloat16),
+        (9, 8, torch.float32),
+        (41, 7, torch.float32),
+        (41, 7, torch.float64),
+        (40, 3, torch.float32),
+    ):
+        generator = torch.Generator().manual_seed(count)
+        # Products of small integers are exact, and so are ties; all norms are equal.
+        values = torch.randint(0, 2, (count, 4, 2, 2), generator=generator).mul(2).sub(1).to(dtype)
+        matcher = QAConv(4, 2, 2, count, k, mesh=mesh, dtype=dtype)
+        matcher.load_state_dict(matcher.state_dict() | {"class_embed": values})
+        graph = matcher.compute_class_neighbors()
+        assert isinstance(graph, DTensor)
+        assert len(graph.to_local()) == len(matcher.class_embed.to_local())  # type: ignore[union-attr]
+        expected = functional.class_neighbors(values, k)
+        assert torch.equal(whole(graph), expected)
+        steps: list[int] = []
+        again = matcher.compute_class_neighbors(progress=lambda done, total, steps=steps: steps.append(done))
+        assert torch.equal(whole(again), expected)
+        assert steps == list(range(1, mesh.size() // 2 + 1))
+
+
+def check_products(mesh: DeviceMesh) -> None:
+    """Every unordered pair of classes of different shards is multiplied on one rank, once."""
+    from qaconv_triton import ops
+
+    matcher, pairs, mutual = QAConv(C, H, W, 23, K, mesh=mesh), [], ops.mutual_topk
+
+    def counted(left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        pairs.append(len(left) * len(right))
+        return mutual(left, right, *rest)
+
+    ops.mutual_topk = counted  # type: ignore[assignment]
+    try:
+        matcher.compute_class_neighbors()
+    finally:
+        ops.mutual_topk = mutual
+    total = torch.tensor(sum(pairs))
+    distributed.all_reduce(total, group=mesh.get_group())
+    sizes = [len(part) for part in torch.arange(23).chunk(mesh.size())]
+    assert int(total) == (23**2 - sum(size**2 for size in sizes)) // 2
+
+
+def check_graph_lifetime(mesh: DeviceMesh) -> None:
+    """Assigned whole or sharded, dropped with the epoch, copied by clone, and no finite table: no graph."""
+    matcher = make_matcher(mesh, torch.float32)
+    graph = whole(matcher.compute_class_neighbors())
+    assert torch.equal(whole(matcher.clone().class_neighbors), graph)  # type: ignore[arg-type]
+    assert copy.deepcopy(matcher).class_neighbors is None
+    matcher.on_epoch_start()
+    assert matcher.class_neighbors is None
+    other = (graph + 1) % N
+    matcher.class_neighbors = other
+    features, labels, _ = batch(2, mesh.get_local_rank(), torch.float32)
+    assert torch.equal(matcher.class_scores(features, labels).classes, other[labels])
+    matcher.class_neighbors = matcher.class_neighbors
+    assert torch.equal(whole(matcher.class_neighbors), other)  # type: ignore[arg-type]
+    with torch.no_grad():
+        table = matcher.class_embed.to_local()  # type: ignore[union-attr]
+        if mesh.get_local_rank() == 0:
+            table[0, 0] = torch.nan
+    expected = (
+        (ValueError, r"NaN or Inf in 1 of .* first: \[0\]")
+        if mesh.get_local_rank() == 0
+        else (RuntimeError, "rank 0 .* failed: ValueError")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        matcher.compute_class_neighbors()
+    assert torch.equal(whole(matcher.class_neighbors), other)  # type: ignore[arg-type]
+
+
+# --- scores
+
+
+def check_scores(mesh: DeviceMesh) -> None:
+    """Scores, gradients, running statistics and the graph, by class and by all classes, in both modes of the norms."""
+    for dtype in (torch.float64, torch.float32):
+        for options in ({}, {"include_self": True, "shared_fc": True}):
+            matcher, single = (make_matcher(each, dtype, **options) for each in (mesh, None))
+            one = Whole(mesh, single, dtype)
+            for step in range(4):
+                if step == 3:
+                    matcher.eval()
+                    single.eval()
+                features, labels, visibility = batch(step, one.rank, dtype)
+                all_features, all_labels, all_visibility = one.batches(step)
+                for by_class in (True, False):
+                    matcher.zero_grad()
+                    single.zero_grad()
+                    features.grad = all_features.grad = None
+                    if by_class:
+                        found, expected = (
+                            each.class_scores(*inputs)
+                            for each, inputs in (
+                                (matcher, (features, labels, visibility)),
+                                (single, (all_features, all_labels, all_visibility)),
+                            )
+                        )
+                        assert torch.equal(found.classes, one.own(step, expected.classes))
+                        assert found.num_classes == N
+                        values, others = found.values, expected.values
+                    else:
+                        values, others = matcher(features), single(all_features)
+                    torch.testing.assert_close(values, one.own(step, others), **CLOSE[dtype])
+                    loss_of(values).backward()
+                    one.mean_loss(step, others).backward()
+                    assert features.grad is not None
+                    assert all_features.grad is not None
+                    expected_grad = one.own(step, all_features.grad) * one.ranks  # of the sum of the losses
+                    torch.testing.assert_close(features.grad, expected_grad, **CLOSE[dtype])
+                    assert_same_gradients(matcher, single, dtype)
+                    assert matcher.class_embed.grad.placements == matcher.class_embed.placements  # type: ignore[union-attr]
+                    with torch.no_grad():
+                        dense = matcher(features, labels=labels) if by_class else matcher(features)
+                        other = single(all_features, labels=all_labels) if by_class else single(all_features)
+                    torch.testing.assert_close(dense, one.own(step, other), **CLOSE[dtype])
+                assert_same_state(matcher, single, dtype)
+            assert torch.equal(whole(matcher.class_neighbors), single.class_neighbors)  # type: ignore[arg-type]
+            firsts = [buffer.clone() for buffer in matcher.buffers()]
+            sharded.table.broadcast_from_first(firsts, mesh)
+            assert all(torch.equal(*pair) for pair in zip(firsts, matcher.buffers(), strict=True))  # on all ranks
+
+
+def check_all_pairs(mesh: DeviceMesh) -> None:
+    """Pairs of a batch stay on its rank, but norms are over all ranks; so are the gradients of the loss of both."""
+    dtype, step = torch.float64, 2
+    matcher, single = (make_matcher(each, dtype, include_self=True) for each in (mesh, None))
+    one = Whole(mesh, single, dtype)
+    features, labels, _ = batch(step, one.rank, dtype)
+    losses = SoftmaxTripletLoss(matcher, background="ignore")(features, labels)
+    losses[2].mean().backward()
+    all_features, all_labels, _ = one.batches(step)
+    class_scores = single.class_scores(all_features, all_labels)
+    size, prepared = SIZES[step][0], functional.prepare_maps(all_features, None, dtype)
+    index = torch.arange(len(all_labels)).view(-1, size).repeat_interleave(size, dim=0)  # a block for each rank
+    pairs, statistics = score_maps(single._head, prepared, prepared, index)
+    update_running_statistics(statistics)
+    total = torch.zeros((), dtype=dtype)
+    for rank, (values, classes, block) in enumerate(
+        zip(class_scores.values.split(size), class_scores.classes.split(size), pairs.split(size), strict=True)
+    ):
+        target = all_labels[rank * size : (rank + 1) * size]
+        cross_entropy = values.logsumexp(1) - values.masked_fill(classes != target[:, None], 0.0).sum(1)
+        loss = (cross_entropy + batch_hard_hinge(block, target, 1.0)[0].mean()).mean()
+        total = total + loss / one.ranks
+        if rank == one.rank:
+            torch.testing.assert_close(losses[2].mean(), loss, **CLOSE[dtype])
+    total.backward()
+    assert_same_gradients(matcher, single, dtype)
+    assert_same_state(matcher, single, dtype)
+    matcher.eval()
+    if one.rank == 0:  # matching is a rank's own affair
+        single.eval()
+        maps = torch.randn(3, C, H, W, dtype=dtype)
+        torch.testing.assert_close(matcher.match(maps, maps), single.match(maps, maps), **CLOSE[dtype])
+
+
+def check_features_without_gradient(mesh: DeviceMesh) -> None:
+    """One rank's features need none: the ranks still meet in the backward pass, and the parameters' are the same."""
+    results = []
+    for needs_grad in (True, mesh.get_local_rank() != 0):
+        matcher = make_matcher(mesh, torch.float64, include_self=True)
+        features, labels, _ = batch(2, mesh.get_local_rank(), torch.float64)
+        features.requires_grad_(needs_grad)
+        losses = SoftmaxTripletLoss(matcher)(features, labels)
+        (losses[2].mean() + loss_of(matcher(features))).backward()
+        results.append((gradients(matcher), features.grad))
+    (weights, grad), (other_weights, other_grad) = results
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    assert other_grad is None if mesh.get_local_rank() == 0 else torch.equal(grad, other_grad)
+
+
+def check_autocast(mesh: DeviceMesh) -> None:
+    matcher, single = (make_matcher(each, torch.float32) for each in (mesh, None))
+    one = Whole(mesh, single, torch.float32)
+    features, labels, visibility = batch(2, one.rank, torch.float32)
+    all_features, all_labels, all_visibility = one.batches(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = matcher.class_scores(features, labels, visibility).values
+        expected = single.class_scores(all_features, all_labels, all_visibility).values
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, one.own(2, expected), rtol=1e-4, atol=1e-4)
+    loss_of(found).backward()
+    one.mean_loss(2, expected).backward()
+    for name, grad in gradients(matcher).items():  # gradients of probes are sums of bfloat16 values
+        torch.testing.assert_close(grad, gradients(single)[name], rtol=3e-2, atol=1e-2, msg=lambda m, n=name: n + m)
+
+
+def check_kernels(mesh: DeviceMesh) -> None:
+    """The graph and the scores by the Triton kernels."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    features, labels, visibility = batch(0, mesh.get_local_rank(), torch.float32)
+    results = []
+    for backend in ("torch", "triton"):
+        os.environ["QACONV_TRITON_BACKEND"] = backend
+        try:
+            matcher = make_matcher(mesh, torch.float32, include_self=True)
+            features.grad = None
+            scores = matcher.class_scores(features, labels, visibility)
+            loss_of(scores.values).backward()
+        finally:
+            del os.environ["QACONV_TRITON_BACKEND"]
+        results.append((scores.classes, scores.values.detach(), features.grad, gradients(matcher)))
+    (classes, values, grad, weights), (other_classes, other_values, other_grad, other_weights) = results
+    assert torch.equal(classes, other_classes)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close((values, grad), (other_values, other_grad), **close)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, other_weights[name], **close, msg=lambda m, n=name: n + m)
+
+
+def check_recomputation(mesh: DeviceMesh) -> None:
+    """Under activation checkpointing the ranks meet in the backward pass again; statistics count once."""
+    dtype, results = torch.float64, []
+    features, labels, visibility = batch(0, mesh.get_local_rank(), dtype)
+    for run in (lambda function, *inputs: function(*inputs), partial(torch_checkpoint, use_reentrant=False)):
+        matcher = make_matcher(mesh, dtype)
+        features.grad = None
+        matcher.compute_class_neighbors()
+        loss_of(run(lambda maps, its=matcher: its.class_scores(maps, labels, visibility).values, features)).backward()
+        results.append((features.grad, gradients(matcher), matcher))
+    (grad, weights, matcher), (other_grad, other_weights, other) = results
+    assert torch.equal(grad, other_grad)
+    assert all(torch.equal(value, other_weights[name]) for name, value in weights.items())
+    for buffer, other_buffer in zip(matcher.buffers(), other.buffers(), strict=True):
+        assert torch.equal(buffer, other_buffer)
+
+
+def check_empty(mesh: DeviceMesh) -> None:
+    """No rank has a sample: empty results of the right shape, and gradients of zero."""
+    matcher = make_matcher(mesh, torch.float32)
+    features, labels = torch.zeros(0, C, H, W, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    assert matcher.class_scores(features, labels).values.shape == (0, K)
+    assert matcher(features).shape == (0, N)
+    matcher(features, labels=labels).sum().backward()
+    assert all((grad == 0).all() for grad in gradients(matcher).values())
+    assert matcher.bn.num_batches_tracked == 0
+
+
+def check_nan(mesh: DeviceMesh) -> None:
+    """In evaluation NaN stays in the scores of its own sample."""
+    matcher = make_matcher(mesh, torch.float32).eval()
+    features, labels, _ = batch(2, mesh.get_local_rank(), torch.float32)
+    features = features.detach()
+    if mesh.get_local_rank() == 0:
+        features[0, 0, 0, 0] = torch.nan
+    scores = matcher.class_scores(features, labels).values
+    expected = torch.zeros(len(labels), dtype=torch.bool)
+    expected[0] = mesh.get_local_rank() == 0
+    assert torch.equal(scores.isnan().any(1), expected)
+
+
+def check_steps(mesh: DeviceMesh) -> None:
+    """Twenty steps with a backbone under DDP, ranks with batches of different sizes and with none.
+
+    Scores do not depend on the scale of what `logit_bn` normalises, so that some gradients are zero but for rounding.
+    Adam makes steps of full size of them: its steps can only be compared in fp64.
+    """
+    for dtype in (torch.float64, torch.float32):
+        matcher, single = (make_matcher(each, dtype, include_self=True) for each in (mesh, None))
+        one = Whole(mesh, single, dtype)
+        torch.manual_seed(3)
+        backbone = nn.Conv2d(C, C, 1, dtype=dtype)
+        twin = copy.deepcopy(backbone)
+        model = DistributedDataParallel(backbone, process_group=mesh.get_group())
+        kind = (
+            partial(torch.optim.AdamW, lr=1e-2)
+            if dtype == torch.float64
+            else partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
+        )
+        optimizer = kind([*backbone.parameters(), *matcher.parameters()])
+        other = kind([*twin.parameters(), *single.parameters()])
+        for step in range(20):
+            if step % 5 == 0:
+                matcher.on_epoch_start()
+                single.on_epoch_start()
+            features, labels, _ = batch(step, one.rank, dtype)
+            loss = loss_of(matcher.class_scores(model(features.detach()), labels).values)
+            all_features, all_labels, _ = one.batches(step)
+            expected = one.mean_loss(step, single.class_scores(twin(all_features.detach()), all_labels).values)
+            mean = loss.detach().clone()
+            distributed.all_reduce(mean, group=mesh.get_group())
+            torch.testing.assert_close(mean / one.ranks, expected.detach(), **CLOSE[dtype])
+            for each, its_loss in ((optimizer, loss), (other, expected)):
+                each.zero_grad()
+                its_loss.backward()
+                each.step()
+            assert torch.equal(whole(matcher.class_neighbors), single.class_neighbors)  # type: ignore[arg-type]
+        assert_same_state(matcher, single, dtype, rtol=1e-7 if dtype == torch.float64 else 1e-5)
+        for value, wanted in zip(backbone.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def check_fsdp(mesh: DeviceMesh) -> None:
+    """A backbone under FSDP2 beside the sharded table."""
+    dtype = torch.float64
+    matcher, single = (make_matcher(each, dtype) for each in (mesh, None))
+    one = Whole(mesh, single, dtype)
+    torch.manual_seed(3)
+    backbone = nn.Conv2d(C, C, 1, dtype=dtype)
+    twin = copy.deepcopy(backbone)
+    fully_shard(backbone, mesh=mesh)
+    features, labels, _ = batch(2, one.rank, dtype)
+    all_features, all_labels, _ = one.batches(2)
+    loss_of(matcher.class_scores(backbone(features.detach()), labels).values).backward()
+    one.mean_loss(2, single.class_scores(twin(all_features.detach()), all_labels).values).backward()
+    for trained, expected in ((matcher, single), (backbone, twin)):
+        assert_same_gradients(trained, expected, dtype)
+
+
+# --- errors
+
+
+def check_arguments(mesh: DeviceMesh) -> None:
+    with pytest.raises(TypeError, match=r"mesh: expected a .*DeviceMesh, got str"):
+        QAConv(C, H, W, N, K, mesh="cpu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no class table to shard"):
+        QAConv(C, H, W, mesh=mesh)
+    with pytest.raises(ValueError, match="sparse_grad=True needs a whole one"):
+        QAConv(C, H, W, N, K, mesh=mesh, sparse_grad=True)
+    with pytest.raises(ValueError, match="the mesh is of cpu devices, got 'meta'"):
+        QAConv(C, H, W, N, K, mesh=mesh, device="meta")
+    with pytest.raises(ValueError, match="one dimension, got 2"):
+        QAConv(C, H, W, N, K, mesh=DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False))
+
+
+def check_errors(mesh: DeviceMesh) -> None:
+    """What is wrong on one rank raises on all; the module is as before."""
+    matcher, rank = make_matcher(mesh, torch.float32), mesh.get_local_rank()
+    last = mesh.size() - 1
+    features, labels, _ = batch(2, rank, torch.float32)
+    matcher.class_scores(features, labels)
+    state = {name: whole(value).clone() for name, value in matcher.state_dict().items()}
+    wrong_labels = labels + N if rank == last else labels
+    kind, text = (
+        (IndexError, "labels") if rank == last else (RuntimeError, f"rank {last} of the mesh failed: IndexError")
+    )
+    with pytest.raises(kind, match=text):
+        matcher.class_scores(features, wrong_labels)
+    kind, text = (
+        (ValueError, "prob_fea") if rank == last else (RuntimeError, f"rank {last} of the mesh failed: ValueError")
+    )
+    with pytest.raises(kind, match=text):
+        matcher(features[:, 1:] if rank == last else features)
+    for name, value in matcher.state_dict().items():
+        assert torch.equal(whole(value), state[name])
+    matcher.class_scores(features, labels)
+
+
+CHECKS: list[Callable[[DeviceMesh], Any]] = [
+    check_start,
+    check_graph,
+    check_products,
+    check_graph_lifetime,
+    check_scores,
+    check_all_pairs,
+    check_features_without_gradient,
+    check_autocast,
+    check_kernels,
+    check_recomputation,
+    check_empty,
+    check_nan,
+    check_steps,
+    check_fsdp,
+    check_arguments,
+    check_errors,
+]
+
+
+def run_checks(rank: int) -> dict[tuple[int, str], Any]:
+    """What each check found on this rank, by size of the mesh: the error's text, or what it returns."""
+    found: dict[tuple[int, str], Any] = {}
+    meshes = [DeviceMesh("cpu", list(range(RANKS - size, RANKS))) for size in SIZES_OF_MESHES]
+    for mesh in meshes:
+        if mesh.get_coordinate() is None:
+            continue
+        for check in CHECKS:
+            try:
+                found[mesh.size(), check.__name__] = check(mesh)
+            except Exception:
+                found[mesh.size(), check.__name__] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str], Any]]:
+    return on_ranks(run_checks, tmp_path_factory.mktemp("ranks"), RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES_OF_MESHES)
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_sharded(found: list[dict[tuple[int, str], Any]], name: str, size: int) -> None:
+    of_ranks = [of_rank[size, name] for of_rank in found[RANKS - size :]]
+    for rank, result in enumerate(of_ranks):
+        assert not isinstance(result, str), f"rank {rank} of {size}: {result}"
+
+
+@pytest.mark.slow
+def test_initial_values_do_not_depend_on_the_number_of_ranks(found: list[dict[tuple[int, str], Any]]) -> None:
+    expected = found[-1][1, "check_start"]
+    for size in SIZES_OF_MESHES:
+        for of_rank in found[RANKS - size :]:
+            start = of_rank[size, "check_start"]
+            assert all(torch.equal(value, start[name]) for name, value in expected.items())
