@@ -55,3 +55,4 @@ for epoch in range(options.epochs):
             optimizer.step()
             optimizer.zero_grad()
     accelerator.print(f"epoch {epoch} loss {loss.item():.4f}", flush=True)
+accelerator.end_training()

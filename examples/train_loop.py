@@ -77,3 +77,5 @@ while sampler.epoch < options.epochs:
         if step == options.stop_after:
             os._exit(0)
     matcher.reset_class_neighbors()  # the next epoch has a graph of its own
+if ranks > 1:
+    distributed.destroy_process_group()

@@ -157,9 +157,9 @@ def _forward_kernel(
                 m_r_done = m_r & (i_s + BS >= S)
                 b_weight_s = tl.load(p_weight + o_s, mask=m_s_done, other=0.0)
                 b_weight_r = tl.load(p_weight + S + o_r, mask=m_r_done, other=0.0)
-                b_sums = tl.where(i_r == 0, 0.0, b_sums)
-                b_sums += tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
-                b_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
+                b_tile_sums = tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
+                b_tile_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
+                b_sums = tl.where(i_r == 0, b_tile_sums, b_sums + b_tile_sums)
                 o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
                 o_sum = tl.cast(i_s // BS, tl.int64) * P * K + i_pair
                 tl.store(p_sums + o_sum + o_one, tl.sum(b_sums[None, :], axis=1), mask=(o_one == 0) & is_last)
