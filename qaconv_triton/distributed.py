@@ -4,6 +4,7 @@ means of gradients, and errors that all of them raise.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+from .validation import MAP_DTYPES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,20 +108,22 @@ def local_rows(tensor: Tensor) -> Tensor:
 class Agreement:
     """Context of what may fail on some ranks of a group: if it does on one, all raise, and none waits for another.
 
-    All ranks enter it together. Within it `size` and `needs_grad` may be set; after it `sizes` has the sizes of all
-    ranks, and `needs_grad` says whether any has set it.
+    All ranks enter it together. Within it these may be set: `size`; `needs_grad` and `lacks_graph`; `settings`, which
+    have to be equal on all ranks; `dtype`, likewise where `size` is not 0. After it `sizes` has the sizes of all ranks,
+    `needs_grad` and `lacks_graph` say whether they are true on any, and `dtype` is one for all.
 
     Args:
         mesh: of the ranks.
         device: of the messages.
 
     Raises:
-        RuntimeError: at the end, where another rank failed; names it and its error.
+        RuntimeError: at the end, where another rank failed, named with its error; where settings or dtypes differ.
     """
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
-        self.size, self.needs_grad = 0, False
+        self.size, self.needs_grad, self.lacks_graph = 0, False, False
+        self.settings, self.dtype = "", torch.float32
         self.sizes: list[int] = []
 
     def __enter__(self) -> None:
@@ -130,18 +135,30 @@ class Agreement:
         if not isinstance(error, Exception | None):  # Ctrl-C: not the time to wait for others
             return
         group, ranks = self.mesh.get_group(), self.mesh.size()
-        own = torch.tensor([self.size if error is None else -1, self.needs_grad], device=self.device)
+        size, settings = self.size if error is None else -1, zlib.crc32(self.settings.encode())
+        values = size, self.needs_grad, self.lacks_graph, settings, MAP_DTYPES.index(self.dtype)
+        own = torch.tensor(values, device=self.device)
         found = [torch.empty_like(own) for _ in range(ranks)]
         distributed.all_gather(found, own, group)
-        self.sizes, needs_grad = torch.stack(found).T.tolist()
-        self.needs_grad = any(needs_grad)
-        if min(self.sizes) >= 0:
+        self.sizes, needs_grad, lacks_graph, of_ranks, dtypes = torch.stack(found).T.tolist()
+        self.needs_grad, self.lacks_graph = any(needs_grad), any(lacks_graph)
+        counted = [dtype for dtype, size in zip(dtypes, self.sizes, strict=True) if size] or dtypes[:1]
+        self.dtype = MAP_DTYPES[counted[0]]
+        if min(self.sizes) >= 0 and len(set(of_ranks)) == 1 and len(set(counted)) == 1:
             return
-        messages: list[str | None] = [None] * ranks
-        distributed.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}", group)
-        if error is None:
-            rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-            raise RuntimeError(f"rank {rank} of the mesh failed: {message}")
+        told: list[tuple[str, str]] = [("", "")] * ranks
+        message = "" if error is None else f"{type(error).__name__}: {error}"
+        distributed.all_gather_object(told, (message, self.settings), group)
+        if error is not None:
+            return
+        for rank, (message, _) in enumerate(told):
+            if message:
+                raise RuntimeError(f"rank {rank} of the mesh failed: {message}")
+        if len(set(of_ranks)) > 1:
+            differ = "; ".join(f"rank {rank} has {its}" for rank, (_, its) in enumerate(told))
+        else:
+            differ = "; ".join(f"rank {rank} has maps in {MAP_DTYPES[dtype]}" for rank, dtype in enumerate(dtypes))
+        raise RuntimeError(f"all ranks of the mesh have to call the matcher alike, but {differ}")
 
 
 def computed_by_first_rank(compute: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:

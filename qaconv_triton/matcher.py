@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, functional, sharded
 from .correspondences import Correspondences, find_correspondences
-from .distributed import computed_by_first_rank, has_ranks, is_in_ddp_forward, local_rows
+from .distributed import Agreement, computed_by_first_rank, has_ranks, is_in_ddp_forward, local_rows
 from .progress import Progress
 from .scores import (
     PAIRS,
@@ -163,12 +164,14 @@ class QAConv(nn.Module):
 
         An attribute, not a buffer: it is in no state dict, and is neither averaged nor broadcast. A graph of your own
         may be assigned, or one saved with a checkpoint: the next search starts from it, as it would have done. Of a
-        sharded table it is a `DTensor`, `Shard(0)`; `.full_tensor()` on all ranks makes it whole.
+        sharded table it is a `DTensor`, `Shard(0)`; `.full_tensor()` on all ranks makes it whole, and all ranks assign
+        one together, whole or a `DTensor`.
 
         Raises:
             TypeError: assigned something else than an int64 tensor.
             ValueError: assigned another shape, or without a class table.
             IndexError: assigned an id outside `[0, N)`.
+            RuntimeError: another rank of the mesh was assigned what is none.
         """
         if self._copied_table is not None and not torch.compiler.is_compiling():
             # This copy's table was written to before its graph was used, as by averaging: the graph is another's.
@@ -182,16 +185,21 @@ class QAConv(nn.Module):
         if neighbors is not None:
             table = self._class_table()
             shape, name = (table.shape[0], self.k_nearest), "class_neighbors"
-            if not isinstance(neighbors, Tensor) or neighbors.dtype != torch.int64:
-                got = neighbors.dtype if isinstance(neighbors, Tensor) else type(neighbors).__name__
-                raise TypeError(f"{name}: expected an int64 tensor {list(shape)}, got {got}")
-            check_layout(neighbors, name)
-            if tuple(neighbors.shape) != shape:
-                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
-            if self.mesh is not None:
+            agreement = None if self.mesh is None else Agreement(self.mesh, table.device)
+            with agreement or nullcontext():
+                if not isinstance(neighbors, Tensor) or neighbors.dtype != torch.int64:
+                    got = neighbors.dtype if isinstance(neighbors, Tensor) else type(neighbors).__name__
+                    raise TypeError(f"{name}: expected an int64 tensor {list(shape)}, got {got}")
+                check_layout(neighbors, name)
+                if tuple(neighbors.shape) != shape:
+                    raise ValueError(f"{name}: expected shape {list(shape)}, got {list(neighbors.shape)}")
+                if agreement is not None:
+                    agreement.settings = f"a graph on {getattr(neighbors, 'placements', 'each rank')}"
+            if agreement is not None:
                 neighbors = sharded.table.own_rows(neighbors, table)
-            if not neighbors.is_meta:
-                check_index(local_rows(neighbors), shape[0], name, "classes")
+            with agreement or nullcontext():
+                if not neighbors.is_meta:
+                    check_index(local_rows(neighbors), shape[0], name, "classes")
             neighbors = self._last_graph = neighbors.detach().to(table.device)
         self._graph, self._copied_table = neighbors, None
 
@@ -469,9 +477,14 @@ class QAConv(nn.Module):
 
     def _current_neighbors(self) -> Tensor:
         """The class graph, searched for if there is none or the table or `k_nearest` was replaced; not kept."""
+        graph = self._fitting_graph()
+        return self._search_neighbors(together=self.training and is_in_ddp_forward()) if graph is None else graph
+
+    def _fitting_graph(self) -> Tensor | None:
+        """The class graph, if there is one of this table and `k_nearest`."""
         graph, table = self.class_neighbors, self._class_table()
         if graph is None or tuple(graph.shape) != (table.shape[0], self.k_nearest):
-            return self._search_neighbors(together=self.training and is_in_ddp_forward())
+            return None
         return graph.to(table.device)  # replicas of DataParallel share the first one's
 
     def _search_neighbors(self, progress: bool | Progress = False, *, together: bool = False) -> Tensor:

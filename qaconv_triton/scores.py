@@ -78,7 +78,7 @@ class Head(NamedTuple):
 
     def is_frozen(self, *, evaluate: bool = False) -> bool:
         """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
-        return not (_uses_batch(self.bn, evaluate) or _uses_batch(self.logit_bn, evaluate))
+        return not (uses_batch(self.bn, evaluate) or uses_batch(self.logit_bn, evaluate))
 
     def needs_sums_only(self, *, evaluate: bool = False) -> bool:
         """Whether neither gradients nor batch statistics need the pooled values: a pair is one number then."""
@@ -86,7 +86,7 @@ class Head(NamedTuple):
 
     def statistics_group(self, norm: nn.BatchNorm1d, evaluate: bool) -> Any:
         """The ranks that `norm` takes batch statistics over; None where it takes none, or this rank's alone."""
-        return statistics_group(norm, self.mesh) if _uses_batch(norm, evaluate) else None
+        return statistics_group(norm, self.mesh) if uses_batch(norm, evaluate) else None
 
     def parameters(self) -> tuple[Affine, Affine, Affine]:
         """Weight and bias of the three modules."""
@@ -311,7 +311,7 @@ def check_pairs(pairs: int, head: Head, *, evaluate: bool = False) -> None:
     Raises:
         ValueError: a single pair.
     """
-    if pairs == 1 and _uses_batch(head.logit_bn, evaluate) and not head.statistics_group(head.logit_bn, evaluate):
+    if pairs == 1 and uses_batch(head.logit_bn, evaluate) and not head.statistics_group(head.logit_bn, evaluate):
         raise ValueError("batch norm in training mode needs the scores of more than one pair, got 1; call eval() first")
 
 
@@ -319,7 +319,8 @@ def _tracks(norm: nn.BatchNorm1d) -> bool:
     return None not in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
 
 
-def _uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
+def uses_batch(norm: nn.BatchNorm1d, evaluate: bool) -> bool:
+    """Whether `norm` goes by the statistics of the batch, as in training mode or without running ones."""
     return (norm.training and not evaluate) or norm.running_mean is None
 
 
@@ -336,7 +337,7 @@ def _batch_norm(
 
     What `mask` leaves out is zero. What the running statistics are to be updated with is appended to `statistics`.
     """
-    if _uses_batch(norm, evaluate):
+    if uses_batch(norm, evaluate):
         group = head.statistics_group(norm, evaluate)
         counted = values if mask is None else torch.where(mask, values, 0.0)
         count = values.new_full((), float(values.numel()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+MAP_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHECKS_VARIABLE = "QACONV_TRITON_CHECKS"
 
 
@@ -79,7 +80,7 @@ def check_maps(
         or any(size is not None and size != got for size, got in zip(wanted, maps.shape[1:], strict=True))
     ):
         raise ValueError(f"{name}: expected feature maps [{expected}], got shape {list(maps.shape)}")
-    if maps.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if maps.dtype not in MAP_DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {maps.dtype}")
 
 

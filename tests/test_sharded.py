@@ -32,7 +32,7 @@ from sharded_cases import (
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -168,8 +168,14 @@ def check_graph_lifetime(mesh: DeviceMesh) -> None:
     matcher.class_neighbors = other
     features, labels, _ = batch(2, mesh.get_local_rank(), torch.float32)
     assert torch.equal(matcher.class_scores(features, labels).classes, other[labels])
+    for placement in (Replicate(), Shard(1), Shard(0)):
+        matcher.class_neighbors = distribute_tensor(other, mesh, [placement])
+        assert torch.equal(matcher.class_scores(features, labels).classes, other[labels])
     matcher.class_neighbors = matcher.class_neighbors
     assert torch.equal(whole(matcher.class_neighbors), other)  # type: ignore[arg-type]
+    stranger = DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False)
+    with pytest.raises(ValueError, match="DTensor of the table's"):
+        matcher.class_neighbors = DTensor.from_local(other, stranger, [Replicate(), Replicate()], run_check=False)
     with torch.no_grad():
         table = matcher.class_embed.to_local()  # type: ignore[union-attr]
         if mesh.get_local_rank() == 0:
@@ -458,9 +464,47 @@ def check_errors(mesh: DeviceMesh) -> None:
     )
     with pytest.raises(kind, match=text):
         matcher(features[:, 1:] if rank == last else features)
+    graph = whole(matcher.class_neighbors)  # type: ignore[arg-type]
+    kind, text = (IndexError, "class_neigh") if rank == 0 else (RuntimeError, "rank 0 of the mesh failed: IndexError")
+    with pytest.raises(kind, match=text):
+        matcher.class_neighbors = graph + N if rank == 0 else graph
     for name, value in matcher.state_dict().items():
         assert torch.equal(whole(value), state[name])
+    assert torch.equal(whole(matcher.class_neighbors), graph)  # type: ignore[arg-type]
     matcher.class_scores(features, labels)
+
+
+def check_difference(mesh: DeviceMesh) -> None:
+    """What has to be alike on all ranks and is not raises on all; a graph that some have lost is searched again."""
+    matcher, rank = make_matcher(mesh, torch.float32), mesh.get_local_rank()
+    is_other = rank == mesh.size() - 1
+    features, labels, _ = batch(2, rank, torch.float32)
+    expected = matcher.class_scores(features, labels)
+    graph = whole(matcher.class_neighbors)  # type: ignore[arg-type]
+    if is_other:
+        matcher.reset_class_neighbors()
+    assert torch.equal(matcher.class_scores(features, labels).classes, expected.classes)
+    assert torch.equal(whole(matcher.class_neighbors), graph)  # type: ignore[arg-type]
+    count = 0 if is_other else 2  # maps of an empty batch may be of another dtype
+    maps = features[:count].to(torch.float32 if is_other else torch.bfloat16).detach().requires_grad_()
+    values = matcher.class_scores(maps, labels[:count]).values
+    assert values.dtype == torch.float32
+    loss_of(values).backward()
+    assert maps.grad is not None
+    if mesh.size() == 1:
+        return
+    maps = features.bfloat16() if is_other else features
+    for call in (lambda: matcher.class_scores(maps, labels), lambda: matcher(maps)):
+        with pytest.raises(
+            RuntimeError, match=r"rank 0 has maps in torch.float32; .*rank \d has maps in torch.bfloat16"
+        ):
+            call()
+    matcher.train(not is_other)
+    with pytest.raises(RuntimeError, match=r"rank 0 has batch statistics .*rank \d has running statistics in bn"):
+        matcher.class_scores(features, labels)
+    matcher.train().k_nearest = K - is_other
+    with pytest.raises(RuntimeError, match=rf"rank 0 has .*k_nearest={K}.*k_nearest={K - 1}"):
+        matcher.class_scores(features, labels)
 
 
 CHECKS: list[Callable[[DeviceMesh], Any]] = [
@@ -480,6 +524,7 @@ CHECKS: list[Callable[[DeviceMesh], Any]] = [
     check_fsdp,
     check_arguments,
     check_errors,
+    check_difference,
 ]
 
 

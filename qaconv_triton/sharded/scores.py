@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
 
 from .. import functional
+from ..common.dtypes import accumulation_dtype
 from ..distributed import Agreement
-from ..scores import BatchStatistics, ClassScores, score_maps
+from ..scores import BatchStatistics, ClassScores, score_maps, uses_batch
 from ..validation import check_labels
 from .table import chunk_rows, rows_of
 
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 class _Batches:
     """The batches of all ranks of the mesh, of these sizes, one after the other; `b` samples are this rank's.
 
-    `needs_grad`: the features of some rank do. All ranks meet in the backward pass then.
+    `needs_grad`: the features of some rank do. All ranks meet in the backward pass then. `dtype`: of the correlation.
     """
 
     mesh: DeviceMesh
     sizes: list[int]
     needs_grad: bool
+    dtype: torch.dtype
 
     @property
     def own_rows(self) -> slice:
@@ -112,8 +114,11 @@ def score_neighbors(
     with agreement:
         matcher._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         labels = check_labels(labels, prob_fea.shape[0], num_classes, prob_fea.device)
-        agreement.size, agreement.needs_grad = len(labels), _needs_grad(prob_fea, prob_occ)
-    batches, neighbors = _Batches(mesh, agreement.sizes, agreement.needs_grad), matcher._current_neighbors()
+        graph = matcher._fitting_graph()
+        agreement.lacks_graph = graph is None
+        _agree_on_batch(agreement, matcher, prob_fea, prob_occ)
+    batches = _Batches(mesh, agreement.sizes, agreement.needs_grad, agreement.dtype)
+    neighbors = matcher._search_neighbors() if graph is None or agreement.lacks_graph else graph
     assert isinstance(neighbors, DTensor)
     with torch.no_grad():
         targets = batches.gathered(labels)
@@ -139,15 +144,31 @@ def score_classes(matcher: QAConv, prob_fea: Tensor, prob_occ: Tensor | None) ->
     agreement = Agreement(table.device_mesh, table.device)
     with agreement:
         matcher._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-        agreement.size, agreement.needs_grad = len(prob_fea), _needs_grad(prob_fea, prob_occ)
-    batches = _Batches(table.device_mesh, agreement.sizes, agreement.needs_grad)
+        _agree_on_batch(agreement, matcher, prob_fea, prob_occ)
+    batches = _Batches(table.device_mesh, agreement.sizes, agreement.needs_grad, agreement.dtype)
     probe = _gathered_probes(batches, prob_fea, prob_occ)
     scores, statistics = score_maps(matcher._head, probe, _own_shard(table), raw=True)
     return batches.columns_returned(scores, table.shape[0]), statistics
 
 
-def _needs_grad(maps: Tensor, visibility: Tensor | None) -> bool:
-    return maps.requires_grad or (visibility is not None and visibility.requires_grad)
+def _agree_on_batch(agreement: Agreement, matcher: QAConv, maps: Tensor, visibility: Tensor | None) -> None:
+    """Tell the other ranks what this one brings, and what the matcher is to do with it."""
+    agreement.size, agreement.dtype = len(maps), functional.correlation_dtype(maps)
+    agreement.needs_grad = maps.requires_grad or (visibility is not None and visibility.requires_grad)
+    agreement.settings = (
+        f"{_statistics(matcher.bn)} in bn and {_statistics(matcher.logit_bn)} in logit_bn, "
+        f"k_nearest={matcher.k_nearest}, include_self={matcher.include_self}"
+    )
+
+
+def agree_on_pairs(agreement: Agreement, matcher: QAConv, maps: Tensor) -> None:
+    """Likewise for pairs of maps, which stay on their rank: what norms sum over the ranks is to be of one dtype."""
+    agreement.size, agreement.dtype = 1, accumulation_dtype(functional.correlation_dtype(maps))
+    agreement.settings = f"{_statistics(matcher.bn)} in bn and {_statistics(matcher.logit_bn)} in logit_bn"
+
+
+def _statistics(norm: nn.BatchNorm1d) -> str:
+    return "batch statistics" if uses_batch(norm, evaluate=False) else "running statistics"
 
 
 def _own_shard(table: DTensor) -> Tensor:
@@ -160,7 +181,7 @@ def _own_shard(table: DTensor) -> Tensor:
 
 def _gathered_probes(batches: _Batches, maps: Tensor, visibility: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """The prepared maps of all ranks, or those in `rows` of them, channels-last."""
-    prepared = functional.prepare_maps(maps, visibility, functional.correlation_dtype(maps))
+    prepared = functional.prepare_maps(maps, visibility, batches.dtype)
     if batches.needs_grad and torch.is_grad_enabled() and not prepared.requires_grad:
         prepared = prepared.detach().requires_grad_()
     return batches.gathered(prepared.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2)

@@ -60,10 +60,16 @@ def sharded(local: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
 
 
 def own_rows(whole: Tensor, like: Tensor) -> DTensor:
-    """The rows of a `whole` tensor that this rank has of `like`, sharded as that is; a `DTensor` as it is."""
+    """The rows of a `whole` tensor that this rank has of `like`, sharded as that is; ranks give a `DTensor` together.
+
+    Raises:
+        ValueError: a `DTensor` of another mesh.
+    """
     assert isinstance(like, DTensor)
     if isinstance(whole, DTensor):
-        return whole
+        if whole.device_mesh != like.device_mesh:
+            raise ValueError(f"expected a DTensor of the table's {like.device_mesh}, got one of {whole.device_mesh}")
+        return whole.redistribute(placements=like.placements)
     rows = whole[rows_of(like.shape[0], like.device_mesh)].to(like.device)
     return sharded(rows.contiguous(), like.shape[0], like.device_mesh)
 
