@@ -17,6 +17,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, get_args
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import checkpoint
-from .distributed import batches_of_all_ranks
+from .distributed import Agreement, batches_of_all_ranks
 from .recompute import MemoryLog, StatisticsGuard, is_recomputing
 from .validation import check_count, check_device, check_labels, check_maps, check_number
 
@@ -202,6 +203,14 @@ class MatcherLoss(nn.Module):
         """Reset the matcher's parameters."""
         self.matcher.reset_parameters()
 
+    def _checked_target(self, feature: Tensor, target: Tensor) -> Tensor:
+        """`target` as int64 after checks; ranks that take statistics together fail together."""
+        find_agreement = getattr(self.matcher, "_agreement_on_pairs", None)  # of a QAConv
+        agreement: Agreement | None = None if find_agreement is None else find_agreement()
+        with agreement or nullcontext():
+            check_maps(feature, "feature")
+            return check_labels(target, len(feature), None, feature.device)
+
     def _scores(self, feature: Tensor, gallery: Tensor, occlusion_maps: Tensor | None = None) -> Tensor:
         """The matcher's scores `[B, G]`; a matcher that knows no visibility can do without one that is not given."""
         if occlusion_maps is None:
@@ -262,8 +271,7 @@ class PairwiseMatchingLoss(MatcherLoss):
             TypeError: `feature` or `target` of another dtype.
             ValueError: another shape or device.
         """
-        check_maps(feature, "feature")
-        target = check_labels(target, len(feature), None, feature.device)
+        target = self._checked_target(feature, target)
         with StatisticsGuard(self.matcher):
             score = self._scores(feature, feature, occlusion_maps)
             same = (target[:, None] == target).to(score.dtype)
@@ -315,8 +323,7 @@ class TripletLoss(MatcherLoss):
             TypeError: `feature` or `target` of another dtype.
             ValueError: another shape or device.
         """
-        check_maps(feature, "feature")
-        target = check_labels(target, len(feature), None, feature.device)
+        target = self._checked_target(feature, target)
         with StatisticsGuard(self.matcher):
             return batch_hard_hinge(self._scores(feature, feature, occlusion_maps), target, self.margin)
 
@@ -393,11 +400,13 @@ class SoftmaxTripletLoss(MatcherLoss):
             ValueError: another shape or device.
             IndexError: a target outside `[0, N)`.
         """
-        check_maps(feature, "feature")
-        target = check_labels(target, len(feature), self.matcher.num_classes, feature.device)
+        if getattr(self.matcher, "mesh", None) is None:  # else class_scores checks, and all ranks raise
+            check_maps(feature, "feature")
+            target = check_labels(target, len(feature), self.matcher.num_classes, feature.device)
         with StatisticsGuard(self.matcher):
             # The running statistics see the class path first, then the pairs.
             scores: ClassScores = self.matcher.class_scores(feature, target, prob_occ=occlusion_maps)
+            target = target.long()
             unscored = scores.num_classes - scores.classes.shape[1] if self.background == "zero" else 0
             cls_loss = neighbor_cross_entropy(scores, target, unscored)
             cls_acc = (predicted_class(scores, unscored) == target).to(cls_loss.dtype)

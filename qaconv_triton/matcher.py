@@ -244,10 +244,14 @@ class QAConv(nn.Module):
             raise ValueError(f'gal_fea: expected a tensor, "same" or None, got {gal_fea!r}')
         if gal_fea is None and self._pending_gallery is None:  # every class, or with labels each class's neighbours
             return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
-        self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
         gallery = prob_fea if isinstance(gal_fea, str) else self._pending_gallery if gal_fea is None else gal_fea
         assert gallery is not None
-        self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
+        agreement = self._agreement_on_pairs()
+        with agreement or nullcontext():
+            self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
+            self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
+            if agreement is not None:
+                sharded.scores.agree_on_pairs(agreement, self, prob_fea)
         scores, statistics = score_gallery(self._head, prob_fea, gallery, prob_occ, gal_occ, evaluate=False)
         update_running_statistics(statistics)
         if gallery is self._pending_gallery:
@@ -465,6 +469,13 @@ class QAConv(nn.Module):
             self._warned_of_gallery_visibility = True
         self._finish(statistics, neighbors)
         return scores
+
+    def _agreement_on_pairs(self) -> Agreement | None:
+        """Of the ranks that take batch statistics of all pairs together, if they do."""
+        head = self._head
+        if self.mesh is None or not any(head.statistics_group(norm, False) for norm in (self.bn, self.logit_bn)):
+            return None
+        return Agreement(self.mesh, self.fc.weight.device)
 
     @property
     def _head(self) -> Head:

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from qaconv_triton import QAConv, SoftmaxTripletLoss, functional, sharded
+from qaconv_triton import PairwiseMatchingLoss, QAConv, SoftmaxTripletLoss, TripletLoss, functional, sharded
 from qaconv_triton.losses import batch_hard_hinge
 from qaconv_triton.scores import score_maps, update_running_statistics
 
@@ -464,6 +464,15 @@ def check_errors(mesh: DeviceMesh) -> None:
     )
     with pytest.raises(kind, match=text):
         matcher(features[:, 1:] if rank == last else features)
+    for loss, its_kind, maps, targets in (
+        (SoftmaxTripletLoss, IndexError, features, wrong_labels),
+        (TripletLoss, TypeError, features, labels.float() if rank == last else labels),
+        (TripletLoss, ValueError, features[..., 1:] if rank == last else features, labels),
+        (PairwiseMatchingLoss, ValueError, features, labels[1:] if rank == last else labels),
+    ):
+        kind = its_kind if rank == last or mesh.size() == 1 else RuntimeError
+        with pytest.raises(kind, match="" if rank == last else f"rank {last} of the mesh failed: {its_kind.__name__}"):
+            loss(matcher)(maps, targets)
     graph = whole(matcher.class_neighbors)  # type: ignore[arg-type]
     kind, text = (IndexError, "class_neigh") if rank == 0 else (RuntimeError, "rank 0 of the mesh failed: IndexError")
     with pytest.raises(kind, match=text):
