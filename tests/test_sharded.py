@@ -359,6 +359,27 @@ def check_empty(mesh: DeviceMesh) -> None:
     assert matcher.bn.num_batches_tracked == 0
 
 
+def check_twice(mesh: DeviceMesh) -> None:
+    """The same bits each time, also where a probe has several rows on a rank; a second derivative is refused."""
+    count = 40
+    matcher = QAConv(C, H, W, count, 12, mesh=mesh)
+    matcher.class_neighbors = (torch.arange(count).unsqueeze(1) + torch.arange(1, 13)) % count
+    generator = torch.Generator().manual_seed(mesh.get_local_rank())
+    labels, grads = torch.randint(count, (16,), generator=generator), []
+    features = torch.randn(16, C, H, W, generator=generator, requires_grad=True)
+    for _ in range(2):
+        values = matcher.class_scores(features, labels).values
+        grads.append(torch.autograd.grad(loss_of(values), features)[0])
+    assert torch.equal(*grads)
+    if mesh.size() == 1:
+        return
+    matcher.eval()
+    weight = matcher.fc.weight
+    (grad,) = torch.autograd.grad(loss_of(matcher.class_scores(features, labels).values), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiat"):
+        grad.square().sum().backward()
+
+
 def check_nan(mesh: DeviceMesh) -> None:
     """In evaluation NaN stays in the scores of its own sample."""
     matcher = make_matcher(mesh, torch.float32).eval()
@@ -528,6 +549,7 @@ CHECKS: list[Callable[[DeviceMesh], Any]] = [
     check_kernels,
     check_recomputation,
     check_empty,
+    check_twice,
     check_nan,
     check_steps,
     check_fsdp,
@@ -555,6 +577,15 @@ def run_checks(rank: int) -> dict[tuple[int, str], Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str], Any]]:
     return on_ranks(run_checks, tmp_path_factory.mktemp("ranks"), RANKS)
+
+
+def test_gradients_of_repeated_rows_are_summed_in_fp32() -> None:
+    values = torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
+    counts, grad = torch.tensor([3, 0, 1]), torch.tensor([256.0, 1.0, 1.0, 5.0], dtype=torch.bfloat16)
+    rows = sharded.scores._Repeated.apply(values, torch.tensor([3, 0, 1]), counts)  # type: ignore[no-untyped-call]
+    rows.backward(grad.unsqueeze(1).expand(4, 2))
+    assert values.grad is not None
+    assert values.grad[:, 0].tolist() == [0.0, 5.0, 0.0, 258.0]  # bfloat16 has no 257
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ of their mean.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional as F
@@ -47,8 +48,8 @@ class _Batches:
         start = sum(self.sizes[:rank])
         return slice(start, start + self.sizes[rank])
 
-    def gathered(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The samples `[b, ...]` of all ranks, `[sum of b, ...]`, or those in `rows` of these.
+    def gathered(self, values: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The samples `[b, ...]` of all ranks, `[sum of b, ...]`, or each of these `counts [sum of b]` times.
 
         The gradient is the sum of the ranks' gradients.
         """
@@ -56,7 +57,8 @@ class _Batches:
         local = DTensor.from_local(padded.contiguous(), self.mesh, [Shard(0)], run_check=False)
         everyone = local.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         places = self._places(values.device)
-        return everyone.index_select(0, places if rows is None else places[rows])
+        taken: Tensor = _Repeated.apply(everyone, places, counts)  # type: ignore[no-untyped-call]
+        return taken
 
     def sum_returned(self, parts: Tensor) -> Tensor:
         """This rank's rows of the sum over the ranks of `parts [sum of b, ...]`, differentiable: `[b, ...]`."""
@@ -83,6 +85,27 @@ class _Batches:
         return torch.cat([torch.arange(size, device=device) + rank * self._longest for rank, size in sizes])
 
 
+class _Repeated(torch.autograd.Function):
+    """The rows of `values` at `places`, all different, each `counts` times (once where None).
+
+    The gradient is summed in fp32, and in the order of the rows: with `index_select` CUDA would add in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, counts: Tensor | None) -> Tensor:
+        ctx.places, ctx.counts, ctx.num_rows = places, counts, len(values)
+        return values.index_select(0, places if counts is None else places.repeat_interleave(counts))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.counts is not None:
+            wide = grad.to(accumulation_dtype(grad.dtype)).contiguous()
+            grad = torch.segment_reduce(wide, "sum", lengths=ctx.counts, unsafe=True).to(grad.dtype)
+        total = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
+        return total.index_copy_(0, ctx.places, grad), None, None
+
+
 class _LocalPairs(NamedTuple):
     """The pairs of probes and neighbours that this rank owns, as the op takes them: in rows of equal length.
 
@@ -90,14 +113,14 @@ class _LocalPairs(NamedTuple):
 
     Attributes:
         places: int64 `[Q]`, the pairs in the flattened `[P, K]` of all probes and neighbours.
-        probes: int64 `[R]`, the probe of every row.
+        counts: int64 `[P]`, the rows of every probe, which come one after the other.
         neighbors: int64 `[R, length]`, rows of this rank's shard.
         group: int64 `[R]`; rows of equal group are equal.
         positions: int64 `[Q]`, the pairs in the flattened `neighbors`.
     """
 
     places: Tensor
-    probes: Tensor
+    counts: Tensor
     neighbors: Tensor
     group: Tensor
     positions: Tensor
@@ -127,7 +150,7 @@ def score_neighbors(
             own_class = torch.where((targets >= 0) & (targets < num_classes), targets, -1)
             index = torch.cat([index, own_class.unsqueeze(1)], dim=1)
         pairs = _local_pairs(index, targets, num_classes, mesh)
-    probe = _gathered_probes(batches, prob_fea, prob_occ, pairs.probes)
+    probe = _gathered_probes(batches, prob_fea, prob_occ, pairs.counts)
     scores, statistics = score_maps(
         matcher._head, probe, _own_shard(table), pairs.neighbors, pairs.group, raw=True, pairs=pairs.positions
     )
@@ -179,12 +202,14 @@ def _own_shard(table: DTensor) -> Tensor:
     return shard
 
 
-def _gathered_probes(batches: _Batches, maps: Tensor, visibility: Tensor | None, rows: Tensor | None = None) -> Tensor:
-    """The prepared maps of all ranks, or those in `rows` of them, channels-last."""
+def _gathered_probes(
+    batches: _Batches, maps: Tensor, visibility: Tensor | None, counts: Tensor | None = None
+) -> Tensor:
+    """The prepared maps of all ranks, each `counts` times (once where None), channels-last."""
     prepared = functional.prepare_maps(maps, visibility, batches.dtype)
     if batches.needs_grad and torch.is_grad_enabled() and not prepared.requires_grad:
         prepared = prepared.detach().requires_grad_()
-    return batches.gathered(prepared.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2)
+    return batches.gathered(prepared.permute(0, 2, 3, 1), counts).permute(0, 3, 1, 2)
 
 
 def _looked_up(neighbors: DTensor, targets: Tensor) -> Tensor:
@@ -214,4 +239,4 @@ def _local_pairs(index: Tensor, targets: Tensor, num_classes: int, mesh: DeviceM
     local = index.new_full((len(probes) * length,), -1)
     local[positions] = index.flatten()[places] - rows.start
     part = torch.arange(len(probes), device=index.device) - first_row[probes]
-    return _LocalPairs(places, probes, local.view(-1, length), targets[probes] * neighbors + part, positions)
+    return _LocalPairs(places, row_counts, local.view(-1, length), targets[probes] * neighbors + part, positions)
