@@ -92,7 +92,7 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
     packed = pack_threshold(thresholds)
     tiling = _select_tiling(left, right, k, packed, None, dtype)
     longer = max(left, right, key=len)
-    capacity, size = _sizes(longer, longer, k, tiling.tiles["BN"], None, device, dtype)
+    capacity, size = _sizes(longer, longer, k, tiling.tiles["BN"], None, device, dtype, buffers=2)
     search = TopKSearch(k, capacity, tiling, best, packed, None)
     search.mutual_search(ChunkedTable(left, size, device, dtype), ChunkedTable(right, size, device, dtype))
     similarities, ids = sorted_topk(best)
@@ -174,12 +174,13 @@ def _sizes(
     workspace_bytes: int | None,
     device: torch.device,
     dtype: torch.dtype,
+    buffers: int = 1,
 ) -> tuple[int, int]:
-    """Capacity of a row's buffer, and rows of a chunk."""
+    """Capacity of a row's buffer, and rows of a chunk; `buffers` are held where one chunk takes all rows."""
     num_keys, dim = table.shape
     capacity = max(k, min(num_keys, max(int(1.3 * expected_candidates(num_keys, dim, k)), k + 4 * block)))
     moved = table if table.device != device or table.dtype != dtype else None
-    return capacity, _chunk_rows(len(queries), dim, block, capacity, workspace_bytes, moved, device, dtype)
+    return capacity, _chunk_rows(len(queries), dim, block, capacity, workspace_bytes, moved, device, dtype, buffers)
 
 
 def _chunk_rows(
@@ -191,11 +192,12 @@ def _chunk_rows(
     moved: Tensor | None,
     device: torch.device,
     dtype: torch.dtype,
+    buffers: int,
 ) -> int:
     """How many rows a chunk may have: two chunks' buffers and, of a table that is `moved`, three chunks, fit."""
     if workspace_bytes is None:
         workspace_bytes = workspace(device)
-    if moved is None and 8 * capacity * count <= workspace_bytes:
+    if moved is None and 8 * buffers * capacity * count <= workspace_bytes:
         return count
     row_bytes = 16 * capacity
     most = count

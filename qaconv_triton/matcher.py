@@ -542,6 +542,8 @@ class QAConv(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QAConv:
         is_copy = self.class_neighbors is not None and self._copied_table is not None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mesh is not None:
+            sharded.table.refuse_pickling(self._class_table())  # it may be another tensor now
         device = self.fc.weight.device
 
         def moved(graph: Tensor | None) -> Tensor | None:

@@ -85,8 +85,11 @@ class Head(NamedTuple):
         return self.is_frozen(evaluate=evaluate) and not torch.is_grad_enabled()
 
     def statistics_group(self, norm: nn.BatchNorm1d, evaluate: bool) -> Any:
-        """The ranks that `norm` takes batch statistics over; None where it takes none, or this rank's alone."""
-        return statistics_group(norm, self.mesh) if uses_batch(norm, evaluate) else None
+        """The ranks that `norm` takes batch statistics over; None where it takes none, or this rank's alone.
+
+        To `evaluate` is a rank's own affair, also where there are no running statistics.
+        """
+        return statistics_group(norm, self.mesh) if uses_batch(norm, evaluate) and not evaluate else None
 
     def parameters(self) -> tuple[Affine, Affine, Affine]:
         """Weight and bias of the three modules."""

@@ -61,3 +61,30 @@ def test_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         check(one, other, 11, False, values[:75], ids[:75] - 75)
         check(other, one, 11, False, values[75:], ids[75:])
         assert torch.equal(ids[:75] - 75, functional.topk_cosine(one, other, 11)[1])
+
+
+def test_both_buffers_fit_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    cosine_topk = pytest.importorskip("qaconv_triton.kernels.cosine_topk")
+    from qaconv_triton.kernels import topk_search
+
+    rows: list[int] = []
+    capacities: list[int] = []
+
+    class Buffer(topk_search.CandidateBuffer):
+        def __init__(self, count: int, capacity: int, device: torch.device) -> None:
+            rows.append(count)
+            capacities.append(capacity)
+            super().__init__(count, capacity, device)
+
+    monkeypatch.setattr(topk_search, "CandidateBuffer", Buffer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    left, right = embeddings(300, 8, device), embeddings(300, 8, device)
+    bound = torch.full((600,), -torch.inf, device=device)
+    found = cosine_topk.mutual_topk(left, right, 3, bound)
+    assert rows == [300, 300]
+    limit = 8 * capacities[0] * 450  # one of them and a half
+    monkeypatch.setattr(cosine_topk, "workspace", lambda device: limit)
+    rows.clear()
+    assert torch.equal(cosine_topk.mutual_topk(left, right, 3, bound)[1], found[1])
+    assert 2 * max(rows) * 8 * capacities[-1] <= limit

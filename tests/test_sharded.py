@@ -274,6 +274,9 @@ def check_all_pairs(mesh: DeviceMesh) -> None:
         single.eval()
         maps = torch.randn(3, C, H, W, dtype=dtype)
         torch.testing.assert_close(matcher.match(maps, maps), single.match(maps, maps), **CLOSE[dtype])
+        for norm in (matcher.bn, matcher.logit_bn, single.bn, single.logit_bn):
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+        torch.testing.assert_close(matcher.match(maps, maps), single.match(maps, maps), **CLOSE[dtype])
 
 
 def check_features_without_gradient(mesh: DeviceMesh) -> None:

@@ -120,8 +120,10 @@ def check_checkpoints(meshes: list[DeviceMesh], folder: Path) -> None:
 
 def check_pickling(meshes: list[DeviceMesh], folder: Path) -> None:
     matcher = make_matcher(meshes[-1], torch.float32)
-    moved = copy.deepcopy(matcher).double()
-    for value in (matcher, matcher.state_dict(), SoftmaxTripletLoss(matcher), moved, moved.clone()):
+    fresh, copied = (copy.deepcopy(make_matcher(meshes[-1], torch.float32)) for _ in range(2))
+    moved = copied.double()
+    parameters = QAConv(C, H, W, N, K, mesh=meshes[-1]).class_embed, fresh.class_embed, moved.class_embed
+    for value in (*parameters, matcher, matcher.state_dict(), SoftmaxTripletLoss(matcher), moved, moved.clone()):
         for save in (lambda each: torch.save(each, io.BytesIO()), pickle.dumps):
             with pytest.raises(TypeError, match=r"sharded over a device mesh.*torch\.distributed\.checkpoint"):
                 save(value)

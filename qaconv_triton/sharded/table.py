@@ -82,6 +82,7 @@ def new_table(
     size = rows.stop - rows.start, *shape[1:]
     local = torch.empty(size, device=device, dtype=dtype, memory_format=torch.channels_last)
     table = nn.Parameter(sharded(local, shape[0], mesh))
+    refuse_pickling(table)
     draw(table)
     return table
 
