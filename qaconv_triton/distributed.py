@@ -61,11 +61,11 @@ def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
 
 
 class _SharedByRanks(torch.autograd.Function):
-    """Parameters that all ranks have alike; each one's gradient is the mean of the ranks' gradients."""
+    """Parameters that all ranks have alike; each one's gradient is the sum of the ranks' gradients by `divisor`."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(ctx: Any, group: Any, divisor: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.divisor = group, divisor
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
@@ -73,14 +73,14 @@ class _SharedByRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined = torch.cat([grad.flatten() for grad in grads])  # one message, not one for each parameter
         distributed.all_reduce(joined, group=ctx.group)
-        parts = joined.div_(distributed.get_world_size(ctx.group)).split([grad.numel() for grad in grads])
-        means = [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
-        return None, *means
+        parts = joined.div_(ctx.divisor).split([grad.numel() for grad in grads])
+        of_all = [part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True)]
+        return None, None, *of_all
 
 
-def shared_by_ranks(parameters: list[Tensor], group: Any) -> list[Tensor]:
-    """`parameters` whose gradients are the means over the ranks of `group`; all of them call it, in the same order."""
-    shared: tuple[Tensor, ...] = _SharedByRanks.apply(group, *parameters)  # type: ignore[no-untyped-call]
+def shared_by_ranks(parameters: list[Tensor], group: Any, divisor: int) -> list[Tensor]:
+    """`parameters` whose gradients are the sums over the ranks of `group`, by `divisor`; all call it, in one order."""
+    shared: tuple[Tensor, ...] = _SharedByRanks.apply(group, divisor, *parameters)  # type: ignore[no-untyped-call]
     return list(shared)
 
 

@@ -69,12 +69,14 @@ class Head(NamedTuple):
         fc: `Linear(2S, 1)`, or `Linear(S, 1)` for both halves, whose two outputs are added.
         logit_bn: `BatchNorm1d(1)`, for the logits.
         mesh: of a matcher whose ranks work together: statistics are those of all, gradients the means of theirs.
+        is_mean: else gradients are the sums of theirs.
     """
 
     bn: nn.BatchNorm1d
     fc: nn.Linear
     logit_bn: nn.BatchNorm1d
     mesh: DeviceMesh | None = None
+    is_mean: bool = True
 
     def is_frozen(self, *, evaluate: bool = False) -> bool:
         """Whether a score depends on its own pair alone, for both norms go by their running statistics."""
@@ -96,7 +98,8 @@ class Head(NamedTuple):
         modules = self.bn, self.fc, self.logit_bn
         found: list[Tensor | None] = [each for module in modules for each in (module.weight, module.bias)]
         if self.mesh is not None and self.mesh.size() > 1:
-            shared = iter(shared_by_ranks([each for each in found if each is not None], self.mesh.get_group()))
+            given, divisor = [each for each in found if each is not None], self.mesh.size() if self.is_mean else 1
+            shared = iter(shared_by_ranks(given, self.mesh.get_group(), divisor))
             found = [None if each is None else next(shared) for each in found]
         return (found[0], found[1]), (found[2], found[3]), (found[4], found[5])
 

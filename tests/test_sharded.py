@@ -36,7 +36,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from qaconv_triton import PairwiseMatchingLoss, QAConv, SoftmaxTripletLoss, TripletLoss, functional, sharded
+from qaconv_triton import (
+    ClassMemoryLoss,
+    PairwiseMatchingLoss,
+    QAConv,
+    SoftmaxTripletLoss,
+    TripletLoss,
+    functional,
+    sharded,
+)
 from qaconv_triton.losses import batch_hard_hinge
 from qaconv_triton.scores import score_maps, update_running_statistics
 
@@ -360,6 +368,11 @@ def check_empty(mesh: DeviceMesh) -> None:
     matcher(features, labels=labels).sum().backward()
     assert all((grad == 0).all() for grad in gradients(matcher).values())
     assert matcher.bn.num_batches_tracked == 0
+    matcher.zero_grad()
+    loss = SoftmaxTripletLoss(matcher)(features, labels)[2].sum()
+    loss.backward()
+    assert loss == 0
+    assert all((grad == 0).all() for grad in gradients(matcher).values())
 
 
 def check_twice(mesh: DeviceMesh) -> None:
@@ -372,8 +385,11 @@ def check_twice(mesh: DeviceMesh) -> None:
     features = torch.randn(16, C, H, W, generator=generator, requires_grad=True)
     for _ in range(2):
         values = matcher.class_scores(features, labels).values
-        grads.append(torch.autograd.grad(loss_of(values), features)[0])
+        grad, of_values = torch.autograd.grad(loss_of(values), (features, values))
+        grads.append(grad)
     assert torch.equal(*grads)
+    alone = values.detach().requires_grad_()
+    assert torch.equal(of_values, torch.autograd.grad(loss_of(alone), alone)[0])  # of this rank's loss, undivided
     if mesh.size() == 1:
         return
     matcher.eval()
@@ -468,6 +484,8 @@ def check_arguments(mesh: DeviceMesh) -> None:
         QAConv(C, H, W, N, K, mesh=mesh, device="meta")
     with pytest.raises(ValueError, match="one dimension, got 2"):
         QAConv(C, H, W, N, K, mesh=DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False))
+    with pytest.raises(ValueError, match="the matcher's class table is sharded over a mesh"):
+        ClassMemoryLoss(make_matcher(mesh, torch.float32), N, C, H, W)
 
 
 def check_errors(mesh: DeviceMesh) -> None:
@@ -585,7 +603,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str]
 def test_gradients_of_repeated_rows_are_summed_in_fp32() -> None:
     values = torch.zeros(4, 2, dtype=torch.bfloat16, requires_grad=True)
     counts, grad = torch.tensor([3, 0, 1]), torch.tensor([256.0, 1.0, 1.0, 5.0], dtype=torch.bfloat16)
-    rows = sharded.scores._Repeated.apply(values, torch.tensor([3, 0, 1]), counts)  # type: ignore[no-untyped-call]
+    rows = sharded.scores._Repeated.apply(values, torch.tensor([3, 0, 1]), counts, 1)  # type: ignore[no-untyped-call]
     rows.backward(grad.unsqueeze(1).expand(4, 2))
     assert values.grad is not None
     assert values.grad[:, 0].tolist() == [0.0, 5.0, 0.0, 258.0]  # bfloat16 has no 257

@@ -177,6 +177,27 @@ def check_clipping(meshes: list[DeviceMesh], folder: Path) -> None:
             torch.testing.assert_close(value, gradients(single)[name])
 
 
+def check_scaler(meshes: list[DeviceMesh], folder: Path) -> None:
+    """An optimizer for each kind of parameters: infinite on one rank, the table's step is left out on all."""
+    mesh = meshes[-1]
+    matcher = make_matcher(mesh, torch.float32)
+    groups = SoftmaxTripletLoss(matcher).param_groups()
+    optimizers = [torch.optim.SGD([group], lr=0.1) for group in groups]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    features, labels, _ = batch(2, mesh.get_local_rank(), torch.float32)
+    for is_finite in (False, True):
+        before, scale = values_of(matcher)["class_embed"], scaler.get_scale()
+        matcher.zero_grad()
+        scaler.scale(matcher.class_scores(features, labels).values.sin().sum()).backward()
+        if not is_finite and mesh.get_local_rank() == 0:
+            matcher.class_embed.grad.to_local()[0] = torch.inf  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(values_of(matcher)["class_embed"], before) != is_finite
+        assert scaler.get_scale() == (scale if is_finite else scale / 2)
+
+
 def check_ddp(meshes: list[DeviceMesh], folder: Path) -> None:
     """DDP takes no sharded matcher, whether its shards are even or not; nor does the callback for Lightning."""
     for count in (9, 8):
@@ -202,11 +223,20 @@ def check_memory(meshes: list[DeviceMesh], folder: Path) -> None:
     if len(peaks) == 2:
         assert peaks[1] > 4 * 4 * 256 * LARGE  # table, gradient, two moments: else nothing was measured
         assert peaks[3] < 0.45 * peaks[1], peaks
+    matcher = make_large(meshes[2])
+    loss = matcher.class_scores(torch.randn(4, 16, 4, 4), torch.arange(4)).values.sum()
+    gradient = 4 * matcher.class_embed.to_local().numel()  # type: ignore[union-attr]
+    assert gradient < peak_of(loss.backward) < 1.6 * gradient  # no second one on the way
+
+
+def make_large(mesh: DeviceMesh) -> QAConv:
+    matcher = QAConv(16, 4, 4, LARGE, K, mesh=mesh)
+    matcher.class_neighbors = (torch.arange(LARGE).unsqueeze(1) + torch.arange(1, K + 1)) % LARGE
+    return matcher
 
 
 def train_large(mesh: DeviceMesh) -> None:
-    matcher = QAConv(16, 4, 4, LARGE, K, mesh=mesh)
-    matcher.class_neighbors = (torch.arange(LARGE).unsqueeze(1) + torch.arange(1, K + 1)) % LARGE
+    matcher = make_large(mesh)
     optimizer = torch.optim.AdamW(SoftmaxTripletLoss(matcher).param_groups())
     matcher.class_scores(torch.randn(4, 16, 4, 4), torch.arange(4)).values.sum().backward()
     optimizer.step()
@@ -248,6 +278,7 @@ CHECKS: list[Callable[[list[DeviceMesh], Path], None]] = [
     check_pickling,
     check_optimizers,
     check_clipping,
+    check_scaler,
     check_ddp,
     check_memory,
     check_absent_rank,  # the last: what it leaves of its group is of no use

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .. import functional
 from ..common.dtypes import accumulation_dtype
 from ..distributed import Agreement
-from ..scores import BatchStatistics, ClassScores, score_maps, uses_batch
+from ..scores import BatchStatistics, ClassScores, Head, score_maps, uses_batch
 from ..validation import check_labels
 from .table import chunk_rows, rows_of
 
@@ -51,13 +51,13 @@ class _Batches:
     def gathered(self, values: Tensor, counts: Tensor | None = None) -> Tensor:
         """The samples `[b, ...]` of all ranks, `[sum of b, ...]`, or each of these `counts [sum of b]` times.
 
-        The gradient is the sum of the ranks' gradients.
+        The gradient is the sum of the ranks' gradients, times their number: scores return it divided.
         """
         padded = F.pad(values, (0, 0) * (values.dim() - 1) + (0, self._longest - len(values)))
         local = DTensor.from_local(padded.contiguous(), self.mesh, [Shard(0)], run_check=False)
         everyone = local.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         places = self._places(values.device)
-        taken: Tensor = _Repeated.apply(everyone, places, counts)  # type: ignore[no-untyped-call]
+        taken: Tensor = _Repeated.apply(everyone, places, counts, self.mesh.size())  # type: ignore[no-untyped-call]
         return taken
 
     def sum_returned(self, parts: Tensor) -> Tensor:
@@ -73,7 +73,11 @@ class _Batches:
         padded = rows.new_zeros(len(self.sizes) * self._longest, *rows.shape[1:])
         padded = padded.index_copy(0, self._places(rows.device), rows)
         local = DTensor.from_local(padded, self.mesh, [placement], run_check=False)
-        return local.redistribute(placements=[Shard(0)]).to_local()[: self.sizes[self.mesh.get_local_rank()]]
+        own: Tensor = local.redistribute(placements=[Shard(0)]).to_local()[: self.sizes[self.mesh.get_local_rank()]]
+        if own.requires_grad and self.mesh.size() > 1:
+            # The gradient is divided while it is small: sums over the ranks, as of the table, are those of a mean then.
+            own.register_hook(lambda grad: grad / self.mesh.size())
+        return own
 
     @property
     def _longest(self) -> int:
@@ -88,22 +92,23 @@ class _Batches:
 class _Repeated(torch.autograd.Function):
     """The rows of `values` at `places`, all different, each `counts` times (once where None).
 
-    The gradient is summed in fp32, and in the order of the rows: with `index_select` CUDA would add in any order.
+    The gradient is summed in fp32, and in the order of the rows: with `index_select` CUDA would add in any order. It is
+    multiplied by `factor`.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor, counts: Tensor | None) -> Tensor:
-        ctx.places, ctx.counts, ctx.num_rows = places, counts, len(values)
+    def forward(ctx: Any, values: Tensor, places: Tensor, counts: Tensor | None, factor: int) -> Tensor:
+        ctx.places, ctx.counts, ctx.factor, ctx.num_rows = places, counts, factor, len(values)
         return values.index_select(0, places if counts is None else places.repeat_interleave(counts))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        wide = grad.to(accumulation_dtype(grad.dtype)).contiguous()
         if ctx.counts is not None:
-            wide = grad.to(accumulation_dtype(grad.dtype)).contiguous()
-            grad = torch.segment_reduce(wide, "sum", lengths=ctx.counts, unsafe=True).to(grad.dtype)
+            wide = torch.segment_reduce(wide, "sum", lengths=ctx.counts, unsafe=True)
         total = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
-        return total.index_copy_(0, ctx.places, grad), None, None
+        return total.index_copy_(0, ctx.places, (wide * ctx.factor).to(grad.dtype)), None, None, None
 
 
 class _LocalPairs(NamedTuple):
@@ -152,7 +157,7 @@ def score_neighbors(
         pairs = _local_pairs(index, targets, num_classes, mesh)
     probe = _gathered_probes(batches, prob_fea, prob_occ, pairs.counts)
     scores, statistics = score_maps(
-        matcher._head, probe, _own_shard(table), pairs.neighbors, pairs.group, raw=True, pairs=pairs.positions
+        _summing_head(matcher), probe, _own_shard(table), pairs.neighbors, pairs.group, raw=True, pairs=pairs.positions
     )
     parts = scores.new_zeros(index.numel()).index_copy(0, pairs.places, scores).view(index.shape)
     classes = index[batches.own_rows]
@@ -170,7 +175,7 @@ def score_classes(matcher: QAConv, prob_fea: Tensor, prob_occ: Tensor | None) ->
         _agree_on_batch(agreement, matcher, prob_fea, prob_occ)
     batches = _Batches(table.device_mesh, agreement.sizes, agreement.needs_grad, agreement.dtype)
     probe = _gathered_probes(batches, prob_fea, prob_occ)
-    scores, statistics = score_maps(matcher._head, probe, _own_shard(table), raw=True)
+    scores, statistics = score_maps(_summing_head(matcher), probe, _own_shard(table), raw=True)
     return batches.columns_returned(scores, table.shape[0]), statistics
 
 
@@ -195,11 +200,13 @@ def _statistics(norm: nn.BatchNorm1d) -> str:
 
 
 def _own_shard(table: DTensor) -> Tensor:
-    """This rank's rows; their gradient, that of the sum of all ranks' losses, becomes that of the mean."""
     shard: Tensor = table.to_local(grad_placements=[Shard(0)])
-    if shard.requires_grad:
-        shard.register_hook(lambda grad: grad / table.device_mesh.size())
     return shard
+
+
+def _summing_head(matcher: QAConv) -> Head:
+    """The head for scores whose gradients are divided where they return."""
+    return matcher._head._replace(is_mean=False)
 
 
 def _gathered_probes(
