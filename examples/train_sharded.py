@@ -65,7 +65,7 @@ for epoch in range(max(saved, default=0), options.epochs):
     total = torch.zeros((), device=device)
     loader = DataLoader(TensorDataset(images, labels), batch_sampler=sampler)
     for batch, target in loader:
-        loss = criterion(trained(batch.to(device)), target.to(device))[2].mean()
+        loss = criterion(trained(batch.to(device)), target.to(device))[2].sum() / max(len(target), 1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

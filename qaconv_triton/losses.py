@@ -441,7 +441,7 @@ class ClassMemoryLoss(MatcherLoss):
 
     Raises:
         TypeError: a matcher that is none, a count that is not an integer.
-        ValueError: a count below 1.
+        ValueError: a count below 1, a matcher with a mesh.
 
     Examples:
         >>> matcher = QAConv(num_features=8, height=4, width=4)
@@ -469,6 +469,10 @@ class ClassMemoryLoss(MatcherLoss):
         mem_batch_size: SupportsIndex = 16,
     ) -> None:
         super().__init__(matcher)
+        if getattr(matcher, "mesh", None) is not None:
+            raise ValueError(
+                "a class memory is whole on every rank, but the matcher's class table is sharded over a mesh"
+            )
         self.num_classes = check_count(num_classes, "num_classes", low=1, high=None, why="classes in the memory")
         self.num_features = check_count(num_features, "num_features", low=1, high=None, why="channels of a feature map")
         self.height = check_count(height, "height", low=1, high=None, why="of a feature map")
