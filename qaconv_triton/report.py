@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery, reid_metrics
+from .evaluation.feature_store import whole_file
 from .matcher import QAConv
 from .matches import Matches, strongest_matches
 from .validation import check_count
@@ -97,9 +98,10 @@ def write_report(
     evaluation = _Evaluation(matcher, query, gallery, scores, indices, of_queries, _Pictures(images))
     shown = [_query_section(evaluation, row, top, is_open=i == 0) for i, row in enumerate(evaluation.worst(worst))]
     page = _page(title, evaluation, metrics, shown, prefilter)
-    Path(path).write_text(page, encoding="utf-8")
+    with whole_file(path) as part:
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # not every path is UTF-8
     if missing := evaluation.pictures.missing:
-        logger.warning("%d pictures could not be read, such as %s", len(missing), next(iter(missing)))
+        logger.warning("%d pictures could not be read, such as %r", len(missing), next(iter(missing)))
     return metrics
 
 

@@ -200,6 +200,20 @@ def test_without_paths_there_are_no_pictures(tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", matcher(), query, gallery, worst=0)
 
 
+def test_a_report_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, (query, gallery) = tmp_path / "report.html", features()
+    write_report(path, matcher(), query._replace(paths=["a \udcff.jpg"] * 5), gallery)  # not every name is UTF-8
+    before = path.read_bytes()
+    assert b"a \\udcff.jpg" in before
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("no space left"))
+    with pytest.raises(pytest.fail.Exception, match="no space left"):
+        write_report(path, matcher(), query, gallery, top=1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError, match="expected the path of a file, got a folder"):
+        write_report(tmp_path, matcher(), query, gallery)
+
+
 def test_pictures_need_pillow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"need Pillow: pip install qaconv-triton\[plot\]"):

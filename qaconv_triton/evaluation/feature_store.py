@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
@@ -96,34 +98,27 @@ def save_features(
         tensors["paths"] = _encoded(paths, count)
     names = "maps", "occ"
     chunks = [read_maps({}, maps, occ, *names)] if is_array(maps) else read_chunks({}, maps, occ, *names)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     done, offsets = 0, None
-    try:
-        with part.open("wb") as file:
-            for chunk in chunks:
-                if done + len(chunk) > count:
-                    raise ValueError(f"maps: expected {count}, as there are ids, got {done + len(chunk)} or more")
-                if offsets is None:
-                    shapes = {"maps": (count, *chunk.maps.shape[1:])}
-                    if occ is not None:
-                        shapes["occ"] = (count, 1, *chunk.maps.shape[2:])
-                    offsets = _write_header(file, tensors, shapes, dtype)
-                for start in range(0, len(chunk), ROWS):
-                    values, visibility = chunk.rows(slice(start, start + ROWS), CPU)
-                    for name, rows in (("maps", values), ("occ", visibility)):
-                        if rows is not None:
-                            rows = _narrowed(rows, dtype, done, name)
-                            _write(file, offsets[name] + done * rows[:1].nbytes, rows)
-                    done += len(values)
-            if done != count or offsets is None:
-                raise ValueError(f"maps: expected {count}, as there are ids, got {done}")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as part, part.open("wb") as file:
+        for chunk in chunks:
+            if done + len(chunk) > count:
+                raise ValueError(f"maps: expected {count}, as there are ids, got {done + len(chunk)} or more")
+            if offsets is None:
+                shapes = {"maps": (count, *chunk.maps.shape[1:])}
+                if occ is not None:
+                    shapes["occ"] = (count, 1, *chunk.maps.shape[2:])
+                offsets = _write_header(file, tensors, shapes, dtype)
+            for start in range(0, len(chunk), ROWS):
+                values, visibility = chunk.rows(slice(start, start + ROWS), CPU)
+                for name, rows in (("maps", values), ("occ", visibility)):
+                    if rows is not None:
+                        rows = _narrowed(rows, dtype, done, name)
+                        _write(file, offsets[name] + done * rows[:1].nbytes, rows)
+                done += len(values)
+        if done != count or offsets is None:
+            raise ValueError(f"maps: expected {count}, as there are ids, got {done}")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_features(path: str | os.PathLike[str]) -> Features:
@@ -175,6 +170,22 @@ def load_features(path: str | os.PathLike[str]) -> Features:
         raise ValueError(f"{path}: damaged: its tensors do not fit each other: {shapes}")
     paths = None if texts is None else [os.fsdecode(text) for text in texts]
     return Features(tensors["maps"], tensors["ids"], tensors.get("cameras"), tensors.get("occ"), paths)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a file that gets the name `path` when it is whole; a failure leaves what was there.
+
+    Raises:
+        OSError: `path` is a folder, or in none that can be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the path of a file, got a folder")
+    with TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:  # whose name no other thread has
+        part = Path(folder, "part")
+        yield part
+        part.replace(path)
 
 
 def _encoded(paths: Iterable[str | os.PathLike[str]], count: int) -> Tensor:
