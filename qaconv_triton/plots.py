@@ -38,6 +38,7 @@ STYLES = (
 )
 BOTH_WAYS: tuple[str, Any] = (BLUE, "-")  # matches
 ONE_WAY: tuple[str, Any] = (VERMILLION, (0, (2.5, 1.0)))
+PIL_MODES = ("1", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB")  # whose numbers are no grey levels or RGB
 GREY = "0.45"
 WIDEST = 2.5  # points, of the line of the largest contribution
 TILE_INCHES = 0.85  # the width of a picture in a figure of many
@@ -67,8 +68,8 @@ def plot_matches(
         matcher: the `QAConv`, which scores in eval mode.
         probe: map `[C, H, W]` of the left image.
         gallery: map `[C, H, W]` of the right image.
-        probe_image: tensor `[H, W]`, `[1, H, W]` or `[3, H, W]`, or array `[H, W]`, `[H, W, 3]` or PIL image; integers
-            in [0, 255] or floating-point numbers in [0, 1].
+        probe_image: tensor `[H, W]`, `[1, H, W]` or `[3, H, W]`, or array `[H, W]`, `[H, W, 3]` or PIL image; bool,
+            integers in [0, 255] or floating-point numbers in [0, 1].
         gallery_image: likewise.
         count: the most lines to draw.
         probe_occ: visibility of the probe's locations `[1, H, W]`.
@@ -332,13 +333,18 @@ def _pixels(image: Any, name: str) -> Any:
         if pixels.ndim == 3:
             pixels = pixels.transpose(1, 2, 0)
     else:
+        if getattr(image, "mode", "L") in PIL_MODES:
+            is_clear = image.mode in ("LA", "PA") or "transparency" in image.info
+            image = image.convert("RGBA" if is_clear else "RGB")
         pixels = np.asarray(image)
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
     if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1):
         pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or 0 in pixels.shape:
         expected = "a tensor [H, W], [1, H, W] or [3, H, W], or an array [H, W] or [H, W, 3]"
         raise ValueError(f"{name}: expected {expected}, got shape {list(getattr(image, 'shape', pixels.shape))}")
-    if pixels.dtype.kind not in "biuf":
+    if pixels.dtype.kind not in "iuf":
         raise TypeError(f"{name}: expected an image of numbers, got dtype {pixels.dtype}")
     low, high = pixels.min(), pixels.max()
     top = 1 if pixels.dtype.kind == "f" else 255

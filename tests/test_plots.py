@@ -240,6 +240,20 @@ def test_images_of_another_kind_are_refused(image: Any, error: type[Exception], 
         plots.plot_ranking(image, [], [])
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "bool"])
+def test_pictures_of_every_mode_are_drawn_as_they_look(mode: str) -> None:
+    from PIL import Image
+
+    given: Any = torch.tensor([[True, False]])
+    if mode != "bool":
+        picture = Image.new("RGB", (2, 1))
+        picture.putpixel((0, 0), (255, 255, 255))
+        given = picture.convert(mode)
+    drawn = plots.plot_ranking(given, [], []).axes[0].images[0].get_array()
+    assert drawn[0, :, :3].tolist() == [[255, 255, 255], [0, 0, 0]]
+    assert drawn.shape[2] == (4 if mode in ("LA", "RGBA") else 3)
+
+
 def test_bad_input_is_refused() -> None:
     matcher, probe, gallery = pair(torch.float32)
     with pytest.raises(ValueError, match=r"probe: expected one feature map \[C, H, W\], got shape \[1, 5, 2, 3\]"):
