@@ -115,7 +115,7 @@ def plot_matches(
         column, row = place % matcher.width + 0.5, place // matcher.width + 0.5
         ends.append(np.stack([x + width * column / matcher.width, y + row / matcher.height], axis=1))
     added, of_probe, of_gallery = (part.cpu().numpy() for part in (found.contribution, *found[4:]))
-    thickness = WIDEST * added / max(added.max(initial=0.0), 1e-30)
+    thickness = WIDEST * added / np.fmax.reduce(added, initial=1e-30)  # which leaves NaN out
     for is_mutual, (color, style) in ((False, ONE_WAY), (True, BOTH_WAYS)):
         chosen = (added > 0) & ((of_probe & of_gallery) == is_mutual)
         segments, each = list(np.stack(ends, axis=1)[chosen]), thickness[chosen]

@@ -390,7 +390,7 @@ def _drawing(
                 parts.append(f'<rect {cell} class="occluded" fill-opacity="{0.6 * (1 - visible):.2f}"/>')
         parts.append(f'<rect {box} class="frame"/>')
     columns_of = (part.cpu().tolist() for part in matches)
-    largest = max(matches.contribution.max().item(), 1e-30)
+    largest = matches.contribution[0].item()  # NaN if all are: no lines then
     for probe, item, added, _, of_probe, of_gallery in zip(*columns_of, strict=True):
         if not added > 0:
             continue

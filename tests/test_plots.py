@@ -70,6 +70,20 @@ def test_contributions_are_what_matches_add_to_the_score(occluded: bool) -> None
     assert (found.contribution.diff() <= 0).all()
 
 
+def test_nan_comes_last() -> None:
+    matcher, probe, gallery = pair(torch.float32)
+    probe[:, 0, 0] = torch.nan
+    found = strongest_matches(matcher, probe, gallery)
+    is_nan = found.contribution.isnan()
+    assert is_nan.any()
+    assert not is_nan[: int((~is_nan).sum())].any()
+    assert (found.contribution[~is_nan].diff() <= 0).all()
+    (axes,) = plots.plot_matches(matcher, probe, gallery, TALL, TALL, count=S).axes
+    widths = [width for lines in axes.collections for width in lines.get_linewidths() if len(lines.get_paths())]
+    assert np.isfinite(widths).all()
+    assert max(widths) > 0
+
+
 def test_the_strongest_of_some_locations() -> None:
     matcher, probe, gallery = pair()
     every = strongest_matches(matcher, probe, gallery)
@@ -260,8 +274,19 @@ def test_bad_input_is_refused() -> None:
         strongest_matches(matcher, probe[None], gallery)
     with pytest.raises(ValueError, match=r"where: expected a bool tensor \[2, 3\]"):
         strongest_matches(matcher, probe, gallery, where=torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"where: expected a bool tensor \[2, 3\] .*, got list"):
+        strongest_matches(matcher, probe, gallery, where=[[True] * 3] * 2)
+    with pytest.raises(TypeError, match=r"gallery_occ: expected a tensor .*, got float"):
+        strongest_matches(matcher, probe, gallery, gallery_occ=0.5)
+    with pytest.raises(ValueError, match=r"probe_occ: expected shape \[1, 1, 2, 3\]"):
+        strongest_matches(matcher, probe, gallery, probe_occ=torch.ones(1, 3, 2, device=DEVICE))
+    with pytest.raises(TypeError, match="matcher: expected a QAConv, got Linear"):
+        strongest_matches(torch.nn.Linear(2, 2), probe, gallery)
     with pytest.raises(ValueError, match="count must be at least 1"):
         strongest_matches(matcher, probe, gallery, 0)
+    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False, device=DEVICE)
+    with pytest.raises(ValueError, match="expected batch norms with running statistics"):
+        strongest_matches(matcher, probe, gallery)
     with pytest.raises(ValueError, match="equal lengths, got 2, 3"):
         plots.plot_ranking(TALL, [TALL, TALL], [True, True, False])
     with pytest.raises(ValueError, match=r"neighbors: expected a class graph \[N, K\], got \[4\]"):

@@ -152,6 +152,15 @@ def test_lines_are_the_strongest_matches(tmp_path: Path) -> None:
     assert drawing.count('class="occluded"') == int((query.occ[row] < 1).sum())
 
 
+def test_nan_in_a_map_is_drawn_nowhere(tmp_path: Path) -> None:
+    query, gallery = features()
+    query.maps[:, :, 0, 0] = torch.nan
+    write_report(tmp_path / "report.html", matcher(), query, gallery, worst=1, top=1)
+    drawings = re.findall(r"<(?:line|rect|circle)[^>]+>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not [each for each in drawings if "nan" in each]
+    assert [each for each in drawings if 'class="halo"' in each]
+
+
 def test_the_page_is_whole_and_escaped(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     parsed = Parsed(page)
