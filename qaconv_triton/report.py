@@ -13,7 +13,6 @@ import base64
 import io
 import logging
 import os
-import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,16 +130,19 @@ def load_matcher(
         >>> load_matcher("last.pt", 8, 4, 2).extra_repr()
         '8, 4, 2'
     """
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    saved: Any
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        saved: Any = load_file(path)
-    else:
-        try:
+            saved = load_file(path)
+        else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"{path}: no checkpoint of tensors alone; save matcher.state_dict() ({first})") from error
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of any kind: junk is read as a pickle
+        first = next(iter(str(error).splitlines()), "empty")
+        raise ValueError(f"{path}: no checkpoint of tensors alone; save matcher.state_dict() ({first})") from error
     found: dict[str, OrderedDict[str, Any]] = {}
     for name, state in _matchers_in(saved):
         is_wanted = prefix is None or name == prefix.strip(".")

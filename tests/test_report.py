@@ -268,9 +268,12 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save(matcher(), path)
     with pytest.raises(ValueError, match=r"last\.pt: no checkpoint of tensors alone; save matcher\.state_dict\(\)"):
         load_matcher(path, C, H, W)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"last\.pt: no checkpoint"):
-        load_matcher(path, C, H, W)
+    for name, junk in (("last.pt", b"nothing"), ("last.pt", b""), ("last.pt", b"."), ("last.safetensors", b"no" * 99)):
+        (tmp_path / name).write_bytes(junk)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: no checkpoint"):
+            load_matcher(tmp_path / name, C, H, W)
+    with pytest.raises(FileNotFoundError):
+        load_matcher(tmp_path / "none.safetensors", C, H, W)
 
 
 def test_the_command_tells_what_is_wrong(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
