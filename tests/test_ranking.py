@@ -255,6 +255,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"gallery": np.zeros((3, C, H), np.float32)}, ValueError, ("gallery", f"[3, {C}, {H}]")),
     ({"k": 0}, ValueError, ("k must be at least 1", "got 0")),
     ({"k": G + 1}, ValueError, (f"k must be between 1 and {G}", f"the gallery has {G} maps", f"got {G + 1}")),
+    ({"gallery": GALLERY[:0]}, ValueError, (f"gallery: expected at least k = {K} maps, got none",)),
+    ({"gallery": []}, ValueError, (f"gallery: expected at least k = {K} maps, got none",)),
     ({"k": 2.0}, TypeError, ("k: expected an int", "float")),
     ({"gallery": [GALLERY[:2]], "k": 3}, ValueError, ("the gallery has 2 maps", "got 3")),
     ({"prefilter": K - 1}, ValueError, (f"between {K} and {G}", f"got {K - 1}")),
