@@ -95,7 +95,10 @@ def save_features(
     if cameras is not None:
         tensors["cameras"] = as_integers(cameras, "cameras", CPU, count)
     if paths is not None:
-        tensors["paths"] = _encoded(paths, count)
+        data = bytearray(b"".join(os.fsencode(text) + b"\0" for text in as_texts(paths, "paths", count)))
+        tensors["paths"] = (
+            torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
+        )
     names = "maps", "occ"
     chunks = [read_maps({}, maps, occ, *names)] if is_array(maps) else read_chunks({}, maps, occ, *names)
     done, offsets = 0, None
@@ -188,15 +191,24 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.replace(path)
 
 
-def _encoded(paths: Iterable[str | os.PathLike[str]], count: int) -> Tensor:
-    """Paths as bytes, each with a zero behind it, uint8 `[bytes]`."""
-    if isinstance(paths, str | bytes):
-        raise TypeError(f"paths: expected {count} paths, got the single {paths!r}")
-    texts = [os.fsencode(path) for path in paths]
+def as_texts(paths: Iterable[str | os.PathLike[str]], name: str, count: int) -> list[str]:
+    """Paths as strings.
+
+    Raises:
+        TypeError: something else than paths.
+        ValueError: another number than `count`, a NUL in a path.
+    """
+    if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+        raise TypeError(f"{name}: expected {count} paths, got the single {paths!r}")
+    try:
+        texts = [os.fsdecode(path) for path in paths]
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
     if len(texts) != count:
-        raise ValueError(f"paths: expected {count}, as there are ids, got {len(texts)}")
-    data = bytearray(b"".join(text + b"\0" for text in texts))
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
+        raise ValueError(f"{name}: expected {count}, as there are ids, got {len(texts)}")
+    if wrong := [text for text in texts if "\0" in text]:
+        raise ValueError(f"{name}: no path has a NUL, got {wrong[0]!r}")
+    return texts
 
 
 def _write_header(
