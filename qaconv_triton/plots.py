@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .evaluation import ReIDMetrics
 from .matcher import QAConv
 from .matches import strongest_matches
 from .validation import check_count
@@ -265,11 +266,13 @@ def plot_ranking(
     return _figure(axes)
 
 
-def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes | None = None) -> Figure:
+def plot_cmc(
+    cmc: Tensor | ReIDMetrics | Mapping[str, Tensor | ReIDMetrics], *, ranks: int = 20, axes: Axes | None = None
+) -> Figure:
     """Draw cumulative matching characteristics: the share of queries whose first true match has rank r or better.
 
     Args:
-        cmc: `[ranks]` as `reid_metrics` returns it, or several by name.
+        cmc: what `reid_metrics` returns, or the curve `[ranks]` in it, or several by name.
         ranks: the ranks to draw; as many as there are, if fewer.
         axes: where to draw; a figure of its own where None.
 
@@ -277,6 +280,7 @@ def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes 
         The figure.
 
     Raises:
+        TypeError: something else, or other values by name.
         ValueError: a curve that is not `[ranks]`.
 
     Examples:
@@ -287,6 +291,9 @@ def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes 
     if axes is None:
         axes = Figure(figsize=(5.4, 3.6), layout="constrained").subplots()
     for (name, curve), (color, marker, style) in zip(curves.items(), cycle(STYLES), strict=False):
+        curve = curve.cmc if isinstance(curve, ReIDMetrics) else curve
+        if not isinstance(curve, Tensor):
+            raise TypeError(f"cmc: expected ReIDMetrics or a tensor [ranks], got {type(curve).__name__} of {name!r}")
         if curve.dim() != 1:
             raise ValueError(f"cmc: expected curves [ranks], got shape {list(curve.shape)} of {name!r}")
         shown = curve[:ranks].detach().float().cpu().numpy()

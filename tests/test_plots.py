@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from qaconv_triton import QAConv, reference
+from qaconv_triton.evaluation import ReIDMetrics
 from qaconv_triton.matches import strongest_matches
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -191,6 +192,10 @@ def test_curves_differ_without_colours() -> None:
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
     assert axes.get_legend().get_texts()[0].get_text() == "a, rank-1 0.500"
     assert plots.plot_cmc(curves["a"]).axes[0].get_legend() is None
+    metrics = ReIDMetrics(0.5, 0.25, curves["a"], 4)
+    for given in (metrics, {"a": metrics}):
+        (line,) = plots.plot_cmc(given).axes[0].lines
+        assert_close(torch.as_tensor(line.get_ydata()), curves["a"][:20], torch.float32)
 
 
 def figures() -> dict[str, Figure]:
@@ -297,3 +302,6 @@ def test_bad_input_is_refused() -> None:
         plots.plot_neighbors(torch.tensor([[1], [0]]), similarities=torch.rand(2, 2))
     with pytest.raises(ValueError, match=r"cmc: expected curves \[ranks\], got shape \[2, 3\] of 'a'"):
         plots.plot_cmc({"a": torch.rand(2, 3)})
+    for curves in ([0.5, 0.6], {"": [0.5, 0.6]}):
+        with pytest.raises(TypeError, match=r"cmc: expected ReIDMetrics or a tensor \[ranks\], got list of ''"):
+            plots.plot_cmc(curves)
