@@ -10,11 +10,11 @@ from torch import Tensor
 from .common.dtypes import accumulation_dtype
 from .matcher import QAConv
 from .scores import folded
-from .validation import check_count, check_maps
+from .validation import check_count, check_maps, check_visibility
 
 
 class Matches(NamedTuple):
-    """Matches of one pair of maps, by falling contribution to its score; locations count row by row, h*W + w.
+    """Matches of one pair of maps, by falling contribution to its score, NaN last; locations count row by row, h*W + w.
 
     Attributes:
         probe_location: int64 `[M]`.
@@ -65,7 +65,7 @@ def strongest_matches(
 
     Raises:
         TypeError, ValueError: as for `QAConv.correspondences`; a map that is not `[C, H, W]`; `where` not bool
-            `[H, W]`; `count` below 1.
+            `[H, W]`; `count` below 1; a matcher whose norms have no running statistics.
 
     Examples:
         >>> matcher, probe = QAConv(8, 2, 2), torch.randn(8, 2, 2)
@@ -73,15 +73,26 @@ def strongest_matches(
         >>> sorted(zip(matches.probe_location.tolist(), matches.gallery_location.tolist()))
         [(0, 1), (1, 0), (2, 3), (3, 2)]
     """
+    if not isinstance(matcher, QAConv):
+        raise TypeError(f"matcher: expected a QAConv, got {type(matcher).__name__}")
+    if not matcher._head.is_frozen(evaluate=True):
+        raise ValueError("matcher: expected batch norms with running statistics: else a score is no sum of matches")
     if count is not None:
         count = check_count(count, "count", low=1, high=None, why="matches of a pair")
-    for name, value in (("probe", probe), ("gallery", gallery)):
+    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    for name, value, visible in (("probe", probe, probe_occ), ("gallery", gallery, gallery_occ)):
         if isinstance(value, Tensor) and value.dim() != 3:
             raise ValueError(f"{name}: expected one feature map [C, H, W], got shape {list(value.shape)}")
-        check_maps(value[None] if isinstance(value, Tensor) else value, name)
-    if where is not None and (where.dtype != torch.bool or where.shape != probe.shape[1:]):
-        expected = f"a bool tensor {list(probe.shape[1:])} for the map {list(probe.shape)}"
-        raise ValueError(f"where: expected {expected}, got {where.dtype} of shape {list(where.shape)}")
+        check_maps(value[None] if isinstance(value, Tensor) else value, name, **sizes)
+        if visible is not None:
+            visible = visible[None] if isinstance(visible, Tensor) else visible
+            check_visibility(visible, f"{name}_occ", value[None])
+    if where is not None:
+        expected = f"where: expected a bool tensor {list(probe.shape[1:])} for the map {list(probe.shape)}, got"
+        if not isinstance(where, Tensor):
+            raise TypeError(f"{expected} {type(where).__name__}")
+        if where.dtype != torch.bool or where.shape != probe.shape[1:]:
+            raise ValueError(f"{expected} {where.dtype} of shape {list(where.shape)}")
     occ = (None if each is None else each[None] for each in (probe_occ, gallery_occ))
     b_location, similarity_a, a_location, similarity_b = (
         part.flatten() for part in matcher.correspondences(probe[None], gallery[None], *occ)
@@ -95,7 +106,7 @@ def strongest_matches(
     similarity = torch.empty_like(contribution).scatter_(0, place, pooled)
     of_probe, of_gallery = (torch.zeros(len(pairs), dtype=torch.bool, device=probe.device) for _ in range(2))
     of_probe[place[:size]], of_gallery[place[size:]] = True, True
-    order = contribution.argsort(descending=True, stable=True)
+    order = torch.where(contribution.isnan(), -torch.inf, contribution).argsort(descending=True, stable=True)
     if where is not None:
         order = order[where.to(order.device).flatten()[pairs[order] // size]]
     order = order[:count]

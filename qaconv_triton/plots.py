@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .evaluation import ReIDMetrics
 from .matcher import QAConv
 from .matches import strongest_matches
 from .validation import check_count
@@ -38,6 +39,7 @@ STYLES = (
 )
 BOTH_WAYS: tuple[str, Any] = (BLUE, "-")  # matches
 ONE_WAY: tuple[str, Any] = (VERMILLION, (0, (2.5, 1.0)))
+PIL_MODES = ("1", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB")  # whose numbers are no grey levels or RGB
 GREY = "0.45"
 WIDEST = 2.5  # points, of the line of the largest contribution
 TILE_INCHES = 0.85  # the width of a picture in a figure of many
@@ -67,8 +69,8 @@ def plot_matches(
         matcher: the `QAConv`, which scores in eval mode.
         probe: map `[C, H, W]` of the left image.
         gallery: map `[C, H, W]` of the right image.
-        probe_image: tensor `[H, W]`, `[1, H, W]` or `[3, H, W]`, or array `[H, W]`, `[H, W, 3]` or PIL image; integers
-            in [0, 255] or floating-point numbers in [0, 1].
+        probe_image: tensor `[H, W]`, `[1, H, W]` or `[3, H, W]`, or array `[H, W]`, `[H, W, 3]` or PIL image; bool,
+            integers in [0, 255] or floating-point numbers in [0, 1].
         gallery_image: likewise.
         count: the most lines to draw.
         probe_occ: visibility of the probe's locations `[1, H, W]`.
@@ -114,7 +116,7 @@ def plot_matches(
         column, row = place % matcher.width + 0.5, place // matcher.width + 0.5
         ends.append(np.stack([x + width * column / matcher.width, y + row / matcher.height], axis=1))
     added, of_probe, of_gallery = (part.cpu().numpy() for part in (found.contribution, *found[4:]))
-    thickness = WIDEST * added / max(added.max(initial=0.0), 1e-30)
+    thickness = WIDEST * added / np.fmax.reduce(added, initial=1e-30)  # which leaves NaN out
     for is_mutual, (color, style) in ((False, ONE_WAY), (True, BOTH_WAYS)):
         chosen = (added > 0) & ((of_probe & of_gallery) == is_mutual)
         segments, each = list(np.stack(ends, axis=1)[chosen]), thickness[chosen]
@@ -264,11 +266,13 @@ def plot_ranking(
     return _figure(axes)
 
 
-def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes | None = None) -> Figure:
+def plot_cmc(
+    cmc: Tensor | ReIDMetrics | Mapping[str, Tensor | ReIDMetrics], *, ranks: int = 20, axes: Axes | None = None
+) -> Figure:
     """Draw cumulative matching characteristics: the share of queries whose first true match has rank r or better.
 
     Args:
-        cmc: `[ranks]` as `reid_metrics` returns it, or several by name.
+        cmc: what `reid_metrics` returns, or the curve `[ranks]` in it, or several by name.
         ranks: the ranks to draw; as many as there are, if fewer.
         axes: where to draw; a figure of its own where None.
 
@@ -276,6 +280,7 @@ def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes 
         The figure.
 
     Raises:
+        TypeError: something else, or other values by name.
         ValueError: a curve that is not `[ranks]`.
 
     Examples:
@@ -286,6 +291,9 @@ def plot_cmc(cmc: Tensor | Mapping[str, Tensor], *, ranks: int = 20, axes: Axes 
     if axes is None:
         axes = Figure(figsize=(5.4, 3.6), layout="constrained").subplots()
     for (name, curve), (color, marker, style) in zip(curves.items(), cycle(STYLES), strict=False):
+        curve = curve.cmc if isinstance(curve, ReIDMetrics) else curve
+        if not isinstance(curve, Tensor):
+            raise TypeError(f"cmc: expected ReIDMetrics or a tensor [ranks], got {type(curve).__name__} of {name!r}")
         if curve.dim() != 1:
             raise ValueError(f"cmc: expected curves [ranks], got shape {list(curve.shape)} of {name!r}")
         shown = curve[:ranks].detach().float().cpu().numpy()
@@ -332,13 +340,18 @@ def _pixels(image: Any, name: str) -> Any:
         if pixels.ndim == 3:
             pixels = pixels.transpose(1, 2, 0)
     else:
+        if getattr(image, "mode", "L") in PIL_MODES:
+            is_clear = image.mode in ("LA", "PA") or "transparency" in image.info
+            image = image.convert("RGBA" if is_clear else "RGB")
         pixels = np.asarray(image)
+    if pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
     if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1):
         pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
     if pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or 0 in pixels.shape:
         expected = "a tensor [H, W], [1, H, W] or [3, H, W], or an array [H, W] or [H, W, 3]"
         raise ValueError(f"{name}: expected {expected}, got shape {list(getattr(image, 'shape', pixels.shape))}")
-    if pixels.dtype.kind not in "biuf":
+    if pixels.dtype.kind not in "iuf":
         raise TypeError(f"{name}: expected an image of numbers, got dtype {pixels.dtype}")
     low, high = pixels.min(), pixels.max()
     top = 1 if pixels.dtype.kind == "f" else 255

@@ -13,7 +13,6 @@ import base64
 import io
 import logging
 import os
-import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery, reid_metrics
+from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery
+from .evaluation.feature_store import as_texts, whole_file
+from .evaluation.reid import as_integers, check_integers, mean_metrics
+from .evaluation.sources import Held, read_maps
 from .matcher import QAConv
 from .matches import Matches, strongest_matches
 from .validation import check_count
@@ -34,6 +36,9 @@ LINES = 16  # of a picture of matches
 CURVE_RANKS = 20
 PIXELS = 256  # of a picture's longer side in the file
 JUNK_IDS = (-1,)
+LIST_BYTES = 2**30  # of the lists of all queries, where k is None
+PLACE_BYTES = 12  # of a score and an index
+CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -57,10 +62,12 @@ def write_report(
     Args:
         path: of the HTML file.
         matcher: the `QAConv`, which scores in eval mode.
-        query: maps, identities and what else is known, as `load_features` returns them, or `Features(...)` of your own.
+        query: maps, identities and what else is known, as `load_features` returns them, or `Features(...)` of your own,
+            whose parts may be what `save_features` takes.
         gallery: likewise.
         ranking: what `rank_gallery` returned for these, where it was called before; else it is called here.
-        k: gallery items to rank for each query; all where None.
+        k: gallery items to rank for each query. Where None, as many as lists of 1 GiB have, up to all of them: those of
+            3,368 queries and 19,732 items. mAP and mINP of shorter lists are lower bounds, as the page says.
         prefilter: as of `rank_gallery`.
         worst: queries to show, those of lowest average precision.
         top: gallery items to show of each.
@@ -73,7 +80,9 @@ def write_report(
 
     Raises:
         ImportError: there are paths, but Pillow is not installed.
-        TypeError, ValueError: as for `rank_gallery` and `reid_metrics`; `worst` or `top` below 1.
+        OSError: the file cannot be written; raised before the ranking where that is known.
+        TypeError, ValueError: as for `rank_gallery` and `reid_metrics`; features or a ranking of other types or shapes;
+            `worst` or `top` below 1.
 
     Examples:
         >>> from qaconv_triton.evaluation import Features
@@ -84,23 +93,54 @@ def write_report(
     """
     worst = check_count(worst, "worst", low=1, high=None, why="queries to show")
     top = check_count(top, "top", low=1, high=None, why="gallery items to show")
-    if ranking is None:
-        if k is None:
-            k = len(gallery.maps) if prefilter is None else prefilter
-        occ = {"query_occ": query.occ, "gallery_occ": gallery.occ}
-        ranking = rank_gallery(matcher, query.maps, gallery.maps, k, **occ, prefilter=prefilter, progress=progress)
-    scores, indices = (part.cpu() for part in ranking)
-    known = (query.ids, gallery.ids, query.cameras, gallery.cameras)
-    cameras = known if None not in known else (query.ids, gallery.ids)
-    metrics = reid_metrics(indices, *cameras, junk_ids=JUNK_IDS)
-    of_queries = query_metrics(indices, *cameras, junk_ids=JUNK_IDS)
-    evaluation = _Evaluation(matcher, query, gallery, scores, indices, of_queries, _Pictures(images))
-    shown = [_query_section(evaluation, row, top, is_open=i == 0) for i, row in enumerate(evaluation.worst(worst))]
-    page = _page(title, evaluation, metrics, shown, prefilter)
-    Path(path).write_text(page, encoding="utf-8")
+    if not isinstance(matcher, QAConv):
+        raise TypeError(f"matcher: expected a QAConv, got {type(matcher).__name__}")
+    query, gallery = _as_tensors(matcher, query, "query"), _as_tensors(matcher, gallery, "gallery")
+    with whole_file(path) as part:
+        if ranking is None:
+            if k is None:
+                affordable = max(1, LIST_BYTES // (PLACE_BYTES * max(1, len(query.maps))))
+                k = min(len(gallery.maps), affordable) if prefilter is None else prefilter
+            occ = {"query_occ": query.occ, "gallery_occ": gallery.occ}
+            ranking = rank_gallery(matcher, query.maps, gallery.maps, k, **occ, prefilter=prefilter, progress=progress)
+        scores, indices = _checked_ranking(ranking)
+        known = (query.ids, gallery.ids, query.cameras, gallery.cameras)
+        cameras = known if None not in known else (query.ids, gallery.ids)
+        of_queries = query_metrics(indices, *cameras, junk_ids=JUNK_IDS)
+        metrics = mean_metrics(of_queries, indices.shape[1])
+        evaluation = _Evaluation(matcher, query, gallery, scores, indices, of_queries, _Pictures(images))
+        shown = [_query_section(evaluation, row, top, is_open=i == 0) for i, row in enumerate(evaluation.worst(worst))]
+        page = _page(title, evaluation, metrics, shown, prefilter)
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # not every path is UTF-8
     if missing := evaluation.pictures.missing:
-        logger.warning("%d pictures could not be read, such as %s", len(missing), next(iter(missing)))
+        logger.warning("%d pictures could not be read, such as %r", len(missing), next(iter(missing)))
     return metrics
+
+
+def _as_tensors(matcher: QAConv, features: Features, name: str) -> Features:
+    """Features whose maps are an array of the matcher's sizes, and the rest tensors on the CPU and strings."""
+    if not isinstance(features, Features):
+        raise TypeError(f"{name}: expected Features, got {type(features).__name__}")
+    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    held = read_maps(sizes, features.maps, features.occ, f"{name}.maps", f"{name}.occ")
+    ids = as_integers(features.ids, f"{name}.ids", CPU, len(held))
+    cameras = None if features.cameras is None else as_integers(features.cameras, f"{name}.cameras", CPU, len(held))
+    paths = None if features.paths is None else as_texts(features.paths, f"{name}.paths", len(held))
+    return Features(held.maps, ids, cameras, held.visibility, paths)  # type: ignore[arg-type]
+
+
+def _checked_ranking(ranking: Any) -> tuple[Tensor, Tensor]:
+    """Scores and indices of lists, tensors or arrays, on the CPU."""
+    try:
+        scores, indices = (torch.as_tensor(part, device=CPU) for part in ranking)
+    except (TypeError, ValueError, RuntimeError) as error:
+        expected = "scores and indices, as rank_gallery returns them"
+        raise TypeError(f"ranking: expected {expected}, got {type(ranking).__name__} ({error})") from error
+    check_integers(indices, "ranking")
+    if scores.shape != indices.shape:
+        got = f"{list(scores.shape)} and {list(indices.shape)}"
+        raise ValueError(f"ranking: expected scores and indices alike, got {got}")
+    return scores, indices
 
 
 def load_matcher(
@@ -129,16 +169,19 @@ def load_matcher(
         >>> load_matcher("last.pt", 8, 4, 2).extra_repr()
         '8, 4, 2'
     """
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
+    saved: Any
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        saved: Any = load_file(path)
-    else:
-        try:
+            saved = load_file(path)
+        else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise ValueError(f"{path}: no checkpoint of tensors alone; save matcher.state_dict() ({first})") from error
+    except (ImportError, OSError):
+        raise
+    except Exception as error:  # of any kind: junk is read as a pickle
+        first = next(iter(str(error).splitlines()), "empty")
+        raise ValueError(f"{path}: no checkpoint of tensors alone; save matcher.state_dict() ({first})") from error
     found: dict[str, OrderedDict[str, Any]] = {}
     for name, state in _matchers_in(saved):
         is_wanted = prefix is None or name == prefix.strip(".")
@@ -150,7 +193,7 @@ def load_matcher(
         raise ValueError(f"{path}: expected one matcher{where}, found {names}; prefix says which one to take")
     (state,) = found.values()
     shared_fc = tuple(state["fc.weight"].shape) == (1, height * width)
-    matcher = QAConv(num_features, height, width, shared_fc=shared_fc)
+    matcher = QAConv(num_features, height, width, shared_fc=shared_fc, device=CPU, dtype=torch.float32)
     matcher.load_state_dict(state)
     return matcher.eval()
 
@@ -234,7 +277,7 @@ class _Evaluation:
     def kept(self, row: int) -> Tensor:
         """The places of a query's list that count: not junk, not its own identity in its own camera."""
         items = self.indices[row]
-        is_out = torch.isin(self.gallery.ids[items], torch.tensor(JUNK_IDS))
+        is_out = (items < 0) | torch.isin(self.gallery.ids[items], torch.tensor(JUNK_IDS, device=CPU))
         if self.query.cameras is not None and self.gallery.cameras is not None:
             same = self.gallery.cameras[items] == self.query.cameras[row]
             is_out |= same & (self.gallery.ids[items] == self.query.ids[row])
@@ -244,11 +287,11 @@ class _Evaluation:
         """A picture of the matches of a query and an item of its list."""
         item, parameter = int(self.indices[row, place]), self.matcher.fc.weight
         sides = ((self.query, row), (self.gallery, item))
-        maps = [features.maps[index].to(parameter.device, parameter.dtype) for features, index in sides]
-        occ = [
-            None if features.occ is None else features.occ[index].to(parameter.device, parameter.dtype)
-            for features, index in sides
-        ]
+        maps, occ = [], []
+        for features, index in sides:
+            rows, visible = Held(features.maps, features.occ).rows(slice(index, index + 1), parameter.device)
+            maps.append(rows[0].to(parameter.dtype))
+            occ.append(None if visible is None else visible[0].to(parameter.dtype))
         matches = strongest_matches(self.matcher, maps[0], maps[1], LINES, probe_occ=occ[0], gallery_occ=occ[1])
         pictures = [self.pictures.read(features.paths, index) for features, index in sides]
         text = f"{name}: score {self.scores[row, place]:.2f}"
@@ -272,7 +315,9 @@ def _page(title: str, evaluation: _Evaluation, metrics: ReIDMetrics, shown: list
     if left:
         notes.append(f"Queries without a true match in the gallery, which do not count: {left:,}.")
     if ranked < items:
-        notes.append(f"Lists have {ranked:,} places; true matches beyond count as never found in mAP and mINP.")
+        notes.append(
+            f"Lists have {ranked:,} places; true matches beyond count as never found: mAP and mINP are lower bounds."
+        )
     if prefilter is not None:
         notes.append(f"Of each query the {prefilter:,} nearest by cosine were scored.")
     if missing := evaluation.pictures.missing:
@@ -388,7 +433,7 @@ def _drawing(
                 parts.append(f'<rect {cell} class="occluded" fill-opacity="{0.6 * (1 - visible):.2f}"/>')
         parts.append(f'<rect {box} class="frame"/>')
     columns_of = (part.cpu().tolist() for part in matches)
-    largest = max(matches.contribution.max().item(), 1e-30)
+    largest = matches.contribution[0].item()  # NaN if all are: no lines then
     for probe, item, added, _, of_probe, of_gallery in zip(*columns_of, strict=True):
         if not added > 0:
             continue
@@ -499,7 +544,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--matcher", type=Path, required=True, help="checkpoint of the matcher or of a model with it")
     options.add_argument("--prefix", help="where the matcher is in the checkpoint, if there are several")
     options.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write (report.html)")
-    options.add_argument("--k", type=int, help="gallery items to rank for each query (all)")
+    options.add_argument("--k", type=int, help="gallery items to rank for each query (all, or as lists of 1 GiB have)")
     options.add_argument("--prefilter", type=int, help="score only so many of each query, the nearest by cosine")
     options.add_argument("--worst", type=int, default=10, help="queries to show (10)")
     options.add_argument("--top", type=int, default=5, help="gallery items to show of each (5)")

@@ -101,8 +101,29 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_what_cannot_be_a_file_is_refused_before_a_chunk_is_read(tmp_path: Path) -> None:
+    chunks = iter([MAPS])
+    with pytest.raises(IsADirectoryError, match="expected the path of a file, got a folder"):
+        save_features(tmp_path, chunks, IDS)
+    with pytest.raises(ValueError, match=r"\\udcff\.safetensors': expected a path in UTF-8"):
+        save_features(tmp_path / "\udcff.safetensors", chunks, IDS)
+    assert len(list(chunks)) == 1
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    def while_another_writes() -> Iterator[Tensor]:
+        yield MAPS[:5]
+        saved(tmp_path, paths=None)
+        yield MAPS[5:]
+
+    features = load_features(saved(tmp_path, maps=while_another_writes(), occ=None))
+    assert torch.equal(features.maps, MAPS.half())
+    assert features.paths == PATHS
+    assert [item.name for item in tmp_path.iterdir()] == ["features.safetensors"]
+
+
 BIG, TINY = MAPS.clone(), MAPS.clone()
-BIG[7, 0, 0, 0], TINY[9] = 7e4, 1e-6
+BIG[7, 0, 0, 0], TINY[9] = 7e4, 1e-9
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dtype": torch.float64}, TypeError, r"dtype: expected .*, got torch\.float64"),
     ({"maps": MAPS[:, 0]}, ValueError, rf"maps: expected feature maps \[B, C, H, W\], got shape \[{M}, {H}, {W}\]"),
@@ -114,13 +135,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"maps": [MAPS[:4], MAPS[4:, 1:]], "occ": None}, ValueError, rf"maps, chunk 2: expected .*\[B, {C}, {H}, {W}\]"),
     ({"maps": 7}, TypeError, r"maps: expected .*, got int"),
     ({"maps": BIG}, ValueError, r"maps: torch\.float16 cannot hold row 7, whose largest magnitude is 7e\+04"),
-    ({"maps": TINY}, ValueError, r"maps: torch\.float16 cannot hold row 9, whose largest magnitude is 1e-06"),
+    ({"maps": TINY}, ValueError, r"maps: torch\.float16 cannot hold row 9, whose largest magnitude is 1e-09"),
     ({"occ": OCC[1:]}, ValueError, rf"occ: expected shape \[{M}, 1, {H}, {W}\]"),
     ({"ids": IDS.float()}, TypeError, r"ids: expected an integer dtype, got torch\.float32"),
     ({"ids": ["a"] * M}, TypeError, r"ids: expected integers, got list"),
     ({"ids": IDS[None]}, ValueError, rf"ids: expected shape \[M\], got \[1, {M}\]"),
     ({"cameras": CAMERAS[1:]}, ValueError, rf"cameras: expected shape \[{M}\], got \[{M - 1}\]"),
     ({"paths": PATHS[1:]}, ValueError, rf"paths: expected {M}, as there are ids, got {M - 1}"),
+    ({"maps": [], "ids": [], "cameras": [], "paths": [], "occ": None}, ValueError, "maps: expected a chunk at least"),
+    ({"paths": [None] * M}, TypeError, r"paths: .*NoneType"),
+    ({"paths": 7}, TypeError, r"paths: expected 11 paths, got the single 7"),
+    ({"paths": ["a\0b"] * M}, ValueError, r"paths: no path has a NUL, got 'a\\x00b'"),
     ({"paths": "a" * M}, TypeError, r"paths: expected 11 paths, got the single"),
 ]
 
@@ -136,7 +161,7 @@ def test_bad_input_writes_no_file(
 
 def test_numbers_that_fit_and_nan_are_kept(tmp_path: Path) -> None:
     odd = MAPS.clone()
-    odd[3], odd[4, 0], odd[5, 0], odd[6] = 0.0, torch.nan, torch.inf, 65000.0
+    odd[3], odd[4, 0], odd[5, 0], odd[6], odd[7] = 0.0, torch.nan, torch.inf, 65000.0, 1e-6
     assert torch.equal(load_features(saved(tmp_path, maps=odd)).maps.nan_to_num(7.0), odd.half().nan_to_num(7.0))
     wide = load_features(saved(tmp_path, maps=BIG, dtype=torch.bfloat16))
     assert torch.equal(wide.maps, BIG.bfloat16())
@@ -171,6 +196,11 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         {"cameras": IDS[:3]},
         {"occ": OCC[:, :, 1:]},
         {"paths": torch.zeros(3, dtype=torch.uint8)},
+        {"paths": torch.zeros(M, dtype=torch.bfloat16)},
+        {"ids": IDS.float()},
+        {"cameras": IDS.int()},
+        {"maps": MAPS.long()},
+        {"occ": OCC.long()},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from qaconv_triton import QAConv, reference
+from qaconv_triton.evaluation import ReIDMetrics
 from qaconv_triton.matches import strongest_matches
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -68,6 +69,20 @@ def test_contributions_are_what_matches_add_to_the_score(occluded: bool) -> None
         assert got[place][:2] == pytest.approx(true[:2], abs=1e-9)
         assert got[place][2:] == true[2:]
     assert (found.contribution.diff() <= 0).all()
+
+
+def test_nan_comes_last() -> None:
+    matcher, probe, gallery = pair(torch.float32)
+    probe[:, 0, 0] = torch.nan
+    found = strongest_matches(matcher, probe, gallery)
+    is_nan = found.contribution.isnan()
+    assert is_nan.any()
+    assert not is_nan[: int((~is_nan).sum())].any()
+    assert (found.contribution[~is_nan].diff() <= 0).all()
+    (axes,) = plots.plot_matches(matcher, probe, gallery, TALL, TALL, count=S).axes
+    widths = [width for lines in axes.collections for width in lines.get_linewidths() if len(lines.get_paths())]
+    assert np.isfinite(widths).all()
+    assert max(widths) > 0
 
 
 def test_the_strongest_of_some_locations() -> None:
@@ -177,6 +192,10 @@ def test_curves_differ_without_colours() -> None:
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
     assert axes.get_legend().get_texts()[0].get_text() == "a, rank-1 0.500"
     assert plots.plot_cmc(curves["a"]).axes[0].get_legend() is None
+    metrics = ReIDMetrics(0.5, 0.25, curves["a"], 4)
+    for given in (metrics, {"a": metrics}):
+        (line,) = plots.plot_cmc(given).axes[0].lines
+        assert_close(torch.as_tensor(line.get_ydata()), curves["a"][:20], torch.float32)
 
 
 def figures() -> dict[str, Figure]:
@@ -240,14 +259,39 @@ def test_images_of_another_kind_are_refused(image: Any, error: type[Exception], 
         plots.plot_ranking(image, [], [])
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "bool"])
+def test_pictures_of_every_mode_are_drawn_as_they_look(mode: str) -> None:
+    from PIL import Image
+
+    given: Any = torch.tensor([[True, False]])
+    if mode != "bool":
+        picture = Image.new("RGB", (2, 1))
+        picture.putpixel((0, 0), (255, 255, 255))
+        given = picture.convert(mode)
+    drawn = plots.plot_ranking(given, [], []).axes[0].images[0].get_array()
+    assert drawn[0, :, :3].tolist() == [[255, 255, 255], [0, 0, 0]]
+    assert drawn.shape[2] == (4 if mode in ("LA", "RGBA") else 3)
+
+
 def test_bad_input_is_refused() -> None:
     matcher, probe, gallery = pair(torch.float32)
     with pytest.raises(ValueError, match=r"probe: expected one feature map \[C, H, W\], got shape \[1, 5, 2, 3\]"):
         strongest_matches(matcher, probe[None], gallery)
     with pytest.raises(ValueError, match=r"where: expected a bool tensor \[2, 3\]"):
         strongest_matches(matcher, probe, gallery, where=torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"where: expected a bool tensor \[2, 3\] .*, got list"):
+        strongest_matches(matcher, probe, gallery, where=[[True] * 3] * 2)
+    with pytest.raises(TypeError, match=r"gallery_occ: expected a tensor .*, got float"):
+        strongest_matches(matcher, probe, gallery, gallery_occ=0.5)
+    with pytest.raises(ValueError, match=r"probe_occ: expected shape \[1, 1, 2, 3\]"):
+        strongest_matches(matcher, probe, gallery, probe_occ=torch.ones(1, 3, 2, device=DEVICE))
+    with pytest.raises(TypeError, match="matcher: expected a QAConv, got Linear"):
+        strongest_matches(torch.nn.Linear(2, 2), probe, gallery)
     with pytest.raises(ValueError, match="count must be at least 1"):
         strongest_matches(matcher, probe, gallery, 0)
+    matcher.bn = torch.nn.BatchNorm1d(1, track_running_stats=False, device=DEVICE)
+    with pytest.raises(ValueError, match="expected batch norms with running statistics"):
+        strongest_matches(matcher, probe, gallery)
     with pytest.raises(ValueError, match="equal lengths, got 2, 3"):
         plots.plot_ranking(TALL, [TALL, TALL], [True, True, False])
     with pytest.raises(ValueError, match=r"neighbors: expected a class graph \[N, K\], got \[4\]"):
@@ -258,3 +302,6 @@ def test_bad_input_is_refused() -> None:
         plots.plot_neighbors(torch.tensor([[1], [0]]), similarities=torch.rand(2, 2))
     with pytest.raises(ValueError, match=r"cmc: expected curves \[ranks\], got shape \[2, 3\] of 'a'"):
         plots.plot_cmc({"a": torch.rand(2, 3)})
+    for curves in ([0.5, 0.6], {"": [0.5, 0.6]}):
+        with pytest.raises(TypeError, match=r"cmc: expected ReIDMetrics or a tensor \[ranks\], got list of ''"):
+            plots.plot_cmc(curves)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from errors import refused, state_of
-from inputs import CPU, DEVICE, C, H, W, make_matcher, maps, visibility
+from inputs import CPU, DEVICE, C, H, W, make_matcher, maps, torch_default, visibility
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -182,7 +182,18 @@ def test_no_queries_give_empty_lists() -> None:
     for prefilter in (None, 6):
         scores, indices = rank_gallery(make_matcher(), QUERY[:0], GALLERY, K, prefilter=prefilter)
         assert scores.shape == indices.shape == (0, K)
-    assert rank_gallery(make_matcher(), [], GALLERY, K)[1].shape == (0, K)
+    for default in (torch.float64, torch.bfloat16):
+        with torch_default(default):
+            scores, indices = rank_gallery(make_matcher(), [], GALLERY, K)
+        assert scores.shape == indices.shape == (0, K)
+        assert scores.dtype == torch.float32
+
+
+def test_chunks_of_visibility_may_have_a_channel_or_none() -> None:
+    occ = visibility(G, 3)
+    expected = rank_gallery(make_matcher(), QUERY, GALLERY, K, gallery_occ=occ)
+    mixed = rank_gallery(make_matcher(), QUERY, GALLERY, K, gallery_occ=[occ[:4], occ[4:, 0]])
+    assert all(torch.equal(*parts) for parts in zip(mixed, expected, strict=True))
 
 
 def test_a_gallery_of_chunks_is_never_held() -> None:
@@ -255,6 +266,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"gallery": np.zeros((3, C, H), np.float32)}, ValueError, ("gallery", f"[3, {C}, {H}]")),
     ({"k": 0}, ValueError, ("k must be at least 1", "got 0")),
     ({"k": G + 1}, ValueError, (f"k must be between 1 and {G}", f"the gallery has {G} maps", f"got {G + 1}")),
+    ({"gallery": GALLERY[:0]}, ValueError, (f"gallery: expected at least k = {K} maps, got none",)),
+    ({"gallery": []}, ValueError, (f"gallery: expected at least k = {K} maps, got none",)),
     ({"k": 2.0}, TypeError, ("k: expected an int", "float")),
     ({"gallery": [GALLERY[:2]], "k": 3}, ValueError, ("the gallery has 2 maps", "got 3")),
     ({"prefilter": K - 1}, ValueError, (f"between {K} and {G}", f"got {K - 1}")),
@@ -265,6 +278,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"gallery_occ": []}, ValueError, ("gallery_occ", f"[0, 1, {H}, {W}]")),
     ({"gallery_occ": 5}, TypeError, ("gallery_occ", "int")),
     ({"gallery_occ": [5]}, TypeError, ("gallery_occ, chunk 1", "int")),
+    ({"gallery_occ": [torch.tensor(1.0)]}, ValueError, ("gallery_occ, chunk 1", "got []")),
+    ({"gallery_occ": [visibility(4, 1), maps(G - 4, 1)]}, ValueError, ("gallery_occ, chunk 2", f"[{G - 4}, {C}, ")),
     ({"gallery_occ": [visibility(G, 1)[:4]]}, ValueError, ("gallery_occ", f"[4, 1, {H}, {W}]")),
     ({"gallery": [GALLERY], "gallery_occ": []}, ValueError, ("gallery_occ: expected a chunk for each", "got 0")),
     ({"gallery": [GALLERY], "gallery_occ": [visibility(G, 1)] * 2}, ValueError, ("gallery_occ", "of 1", "got more")),

@@ -141,6 +141,24 @@ def test_ids_may_be_arrays_and_any_integers() -> None:
     assert reid_metrics(indices, **far_apart, junk_ids=[-(10**17)])[:2] == expected[:2]
 
 
+def test_lists_may_be_arrays_with_places_where_nothing_is() -> None:
+    """As FAISS returns them, also from a gallery of fewer than k items; or as NumPy reverses what it has sorted."""
+    protocol, indices = random_protocol(0), random_lists(0, 20)
+    expected = reid_metrics(indices, **protocol)
+    reversed_twice = indices.flip(1).numpy()[:, ::-1]
+    for array in (reversed_twice, np.pad(indices.numpy(), ((0, 0), (0, G)), constant_values=-1)):
+        metrics = reid_metrics(array, **protocol)
+        assert metrics[:2] == expected[:2]
+        assert torch.equal(metrics.cmc[:20], expected.cmc)
+    assert reid_metrics(np.full((1, 3), -1), [5], []).num_queries == 0
+
+
+@pytest.mark.parametrize("ranks", [(0,), (1, -1)])
+def test_ranks_that_no_list_has_are_refused(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"ranks must be at least 1 .* got {ranks[-1]}"):
+        reid_metrics(LISTS, [1, 2], [1, 2, 2]).to_dict(ranks)
+
+
 LISTS = torch.tensor([[0, 1], [1, 2]])
 GIVEN: dict[str, Any] = {"indices": LISTS, "query_ids": [1, 2], "gallery_ids": [1, 2, 2]}
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -149,9 +167,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"indices": LISTS[0]}, ValueError, r"indices: expected shape \[Q, k\] .* got \[2\]"),
     ({"indices": LISTS[:, :0]}, ValueError, r"indices: expected shape \[Q, k\] .* got \[2, 0\]"),
     ({"indices": LISTS + 1}, IndexError, r"indices: expected values in \[0, 3\) for 3 gallery items, got \[3\]"),
-    ({"indices": LISTS - 1}, IndexError, r"indices: .* got \[-1\]"),
+    ({"indices": LISTS - 2}, IndexError, r"indices: .* got \[-2\]"),
+    ({"indices": LISTS.numpy().astype(float)}, TypeError, r"indices: expected an integer dtype, got torch\.float64"),
+    ({"indices": LISTS.numpy().astype(object)}, TypeError, r"indices: expected an integer dtype, got object"),
     ({"indices": torch.tensor([[0, 1], [2, 2]])}, ValueError, r"every item at most once a row, got row 1"),
-    ({"gallery_ids": [1]}, ValueError, r"at most 1 places a row, as gallery_ids, got \[2, 2\]"),
+    ({"gallery_ids": [1]}, IndexError, r"indices: expected values in \[0, 1\) for 1 gallery items, got \[1, 1, 2\]"),
     ({"query_ids": [1]}, ValueError, r"query_ids: expected \[2\] for indices \[2, 2\], got \[1\]"),
     ({"query_ids": [1.0, 2.0]}, TypeError, r"query_ids: expected an integer dtype"),
     ({"query_ids": ["a", "b"]}, TypeError, r"query_ids: expected integers, got list"),

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from browser import EXECUTABLE, Page, open_page
-from inputs import C, H, W, make_matcher, maps, visibility
+from inputs import C, H, W, make_matcher, maps, torch_default, visibility
 
 from qaconv_triton import QAConv
+from qaconv_triton import report as report_module
 from qaconv_triton.evaluation import (
     Features,
     query_metrics,
@@ -152,6 +154,15 @@ def test_lines_are_the_strongest_matches(tmp_path: Path) -> None:
     assert drawing.count('class="occluded"') == int((query.occ[row] < 1).sum())
 
 
+def test_nan_in_a_map_is_drawn_nowhere(tmp_path: Path) -> None:
+    query, gallery = features()
+    query.maps[:, :, 0, 0] = torch.nan
+    write_report(tmp_path / "report.html", matcher(), query, gallery, worst=1, top=1)
+    drawings = re.findall(r"<(?:line|rect|circle)[^>]+>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not [each for each in drawings if "nan" in each]
+    assert [each for each in drawings if 'class="halo"' in each]
+
+
 def test_the_page_is_whole_and_escaped(report: Path) -> None:
     page = report.read_text(encoding="utf-8")
     parsed = Parsed(page)
@@ -200,6 +211,84 @@ def test_without_paths_there_are_no_pictures(tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", matcher(), query, gallery, worst=0)
 
 
+def test_a_report_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, (query, gallery) = tmp_path / "report.html", features()
+    write_report(path, matcher(), query._replace(paths=["a \udcff.jpg"] * 5), gallery)  # not every name is UTF-8
+    before = path.read_bytes()
+    assert b"a \\udcff.jpg" in before
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("no space left"))
+    with pytest.raises(pytest.fail.Exception, match="no space left"):
+        write_report(path, matcher(), query, gallery, top=1)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError, match="expected the path of a file, got a folder"):
+        write_report(tmp_path, matcher(), query, gallery)
+
+
+def test_features_and_rankings_of_ones_own_may_be_arrays_and_lists(store: Path, tmp_path: Path) -> None:
+    query, gallery = features()
+    ranking = rank_gallery(matcher(), query.maps, gallery.maps, 4, query_occ=query.occ)
+    expected = write_report(tmp_path / "tensors.html", matcher(), query, gallery, ranking=ranking)
+    own = [
+        Features(
+            each.maps.numpy(),
+            each.ids.numpy(),
+            each.cameras.tolist(),
+            None if each.occ is None else each.occ.numpy(),
+            None,
+        )
+        for each in (query, gallery)
+    ]
+    ranking = tuple(part.numpy() for part in ranking)
+    with torch_default("meta"):
+        saved = load_matcher(store / "last.pt", C, H, W)
+        metrics = write_report(tmp_path / "arrays.html", saved, *own, ranking=ranking)
+    assert metrics[:2] == expected[:2]
+    pages = [(tmp_path / f"{name}.html").read_text(encoding="utf-8") for name in ("tensors", "arrays")]
+    assert pages[0] == pages[1]
+    padded = ranking[0], np.where(np.arange(4) < 3, ranking[1], -1)
+    write_report(tmp_path / "padded.html", matcher(), *own, ranking=padded, top=4)
+
+
+def test_lists_are_bounded_where_k_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "LIST_BYTES", 12 * 5 * 7)
+    metrics = write_report(tmp_path / "report.html", matcher(), *features())
+    assert len(metrics.cmc) == 7
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Lists have 7 places; true matches beyond count as never found: mAP and mINP are lower bounds." in page
+
+
+SHORT = torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "message"),
+    [
+        ({"ids": QUERY_IDS[1:]}, {}, ValueError, r"query\.ids: expected shape \[5\], got \[4\]"),
+        ({"ids": ["a"] * 5}, {}, TypeError, r"query\.ids: expected integers, got list"),
+        ({"cameras": [0, 1]}, {}, ValueError, r"query\.cameras: expected shape \[5\], got \[2\]"),
+        ({"maps": torch.zeros(5, C, H, W + 1)}, {}, ValueError, r"query\.maps: expected feature maps"),
+        ({"occ": torch.ones(5, 1, H)}, {}, ValueError, r"query\.occ: expected shape"),
+        ({"paths": ["a.jpg"]}, {}, ValueError, r"query\.paths: expected 5, as there are ids, got 1"),
+        ({"paths": [None] * 5}, {}, TypeError, r"query\.paths: .*NoneType"),
+        ({}, {"ranking": (SHORT, SHORT[:, 1:].long())}, ValueError, r"ranking: .* got \[5, 3\] and \[5, 2\]"),
+        ({}, {"ranking": (SHORT, SHORT)}, TypeError, r"ranking: expected an integer dtype"),
+        ({}, {"ranking": 5}, TypeError, r"ranking: expected scores and indices, .* got int"),
+        ({}, {"matcher": None}, TypeError, r"matcher: expected a QAConv, got NoneType"),
+        ({}, {"gallery": None}, TypeError, r"gallery: expected Features, got NoneType"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    query, gallery = features()
+    given = {"matcher": matcher(), "query": query._replace(**changes), "gallery": gallery, **options}
+    with pytest.raises(error, match=message):
+        write_report(tmp_path / "report.html", **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pictures_need_pillow(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"need Pillow: pip install qaconv-triton\[plot\]"):
@@ -245,9 +334,12 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save(matcher(), path)
     with pytest.raises(ValueError, match=r"last\.pt: no checkpoint of tensors alone; save matcher\.state_dict\(\)"):
         load_matcher(path, C, H, W)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"last\.pt: no checkpoint"):
-        load_matcher(path, C, H, W)
+    for name, junk in (("last.pt", b"nothing"), ("last.pt", b""), ("last.pt", b"."), ("last.safetensors", b"no" * 99)):
+        (tmp_path / name).write_bytes(junk)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: no checkpoint"):
+            load_matcher(tmp_path / name, C, H, W)
+    with pytest.raises(FileNotFoundError):
+        load_matcher(tmp_path / "none.safetensors", C, H, W)
 
 
 def test_the_command_tells_what_is_wrong(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ def by_definition(scores: np.ndarray, listed: np.ndarray, queries: int, k1: int,
     for i in range(queries):
         for j in range(queries, count):
             jaccard = 1 - np.minimum(encoding[i], encoding[j]).sum() / np.maximum(encoding[i], encoding[j]).sum()
-            result[i, j - queries] = (1 - weight) * jaccard + weight * distance[i, j]
+            result[i, j - queries] = (1 - weight) * jaccard + weight * known[i, j]
     return result
 
 
@@ -84,6 +84,26 @@ def test_lists_are_ordered_as_by_the_definition(
     torch.testing.assert_close(1 - found, torch.tensor(expected).gather(1, indices))
     assert (found.diff(dim=1) <= 0).all()
     assert (indices != ranking[1]).any() or weight == 1.0
+
+
+def test_long_lists_are_compared_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, compare = [], rerank._jaccard_distance
+
+    def counted(encoding: rerank.SparseRows, start: int, candidates: Tensor) -> Tensor:
+        sizes.append(candidates.numel())
+        return compare(encoding, start, candidates)
+
+    scores = clustered_scores(0)
+    ranking, neighbors = lists(scores[:Q, Q:], 40), lists(scores, 10)
+    expected = k_reciprocal_rerank(ranking, neighbors, k1=K1, k2=K2, lambda_value=1)
+    assert (expected[0] >= 0).all()  # what is not among the 10 neighbours is at distance 1, not beyond
+    monkeypatch.setattr(rerank, "_jaccard_distance", counted)
+    for places in (100, 10):
+        monkeypatch.setattr(rerank, "PLACES", places)
+        assert torch.equal(k_reciprocal_rerank(ranking, neighbors, k1=K1, k2=K2, lambda_value=1)[1], expected[1])
+        assert sum(sizes) == 40 * Q
+        assert max(sizes) <= max(places, 40)
+        sizes.clear()
 
 
 def test_shift_and_scale_of_scores_change_nothing() -> None:

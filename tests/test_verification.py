@@ -152,7 +152,8 @@ WRONG: list[tuple[Any, Any, type[Exception], str]] = [
     (torch.ones(2), torch.ones(3).bool(), ValueError, r"got \[2\] and \[3\]"),
     (torch.ones(2, 1), torch.ones(2, 1).bool(), ValueError, r"got \[2, 1\] and \[2, 1\]"),
     (torch.ones(0), torch.ones(0).bool(), ValueError, r"B >= 1, got \[0\]"),
-    (torch.tensor([1.0, torch.nan]), torch.ones(2).bool(), ValueError, "scores: NaN in 1 of 2"),
+    (torch.tensor([1.0, torch.nan]), torch.ones(2).bool(), ValueError, "scores: NaN or infinite in 1 of 2"),
+    (torch.tensor([torch.inf, -torch.inf, 1.0]), torch.ones(3).bool(), ValueError, "scores: NaN or infinite in 2 of 3"),
 ]
 
 

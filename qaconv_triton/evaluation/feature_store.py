@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 CONTENT = "qaconv_triton features, version 1"  # in the metadata
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 ROWS = 1024  # of a tensor that are written at a time
+MAP_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -66,7 +69,7 @@ def save_features(
     The file gets its name when it is whole: what is interrupted leaves the file that was there before, or none.
 
     Args:
-        path: of the file.
+        path: of the file, in UTF-8, as safetensors needs it.
         maps: `[M, C, H, W]`, M that of `ids`, float16, bfloat16, float32 or float64: a tensor, a NumPy array, or an
             iterable of chunks `[m, C, H, W]`, which is never held whole.
         ids: identities `[M]`, integers: a tensor, a list or an array.
@@ -77,8 +80,9 @@ def save_features(
 
     Raises:
         TypeError: arguments of another type or dtype.
+        OSError: the file cannot be written: a folder, or in none; raised before a chunk is read.
         ValueError: shapes that do not fit, another number of maps than of identities, a map that `dtype` cannot hold:
-            a number above its range, or all of them below its normal numbers.
+            a number above its range, or all of them so small that zeros are left; a NUL in one of `paths`.
 
     Examples:
         >>> from qaconv_triton.evaluation import load_features, save_features
@@ -86,44 +90,46 @@ def save_features(
         >>> load_features("gallery.safetensors").maps.shape
         torch.Size([6, 8, 4, 2])
     """
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if dtype not in MAP_DTYPES:
         raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{os.fspath(path)!r}: expected a path in UTF-8, as readers of safetensors need it") from error
     tensors = {"ids": as_integers(ids, "ids", CPU)}
     count = len(tensors["ids"])
     if cameras is not None:
         tensors["cameras"] = as_integers(cameras, "cameras", CPU, count)
     if paths is not None:
-        tensors["paths"] = _encoded(paths, count)
+        data = bytearray(b"".join(os.fsencode(text) + b"\0" for text in as_texts(paths, "paths", count)))
+        tensors["paths"] = (
+            torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
+        )
     names = "maps", "occ"
     chunks = [read_maps({}, maps, occ, *names)] if is_array(maps) else read_chunks({}, maps, occ, *names)
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     done, offsets = 0, None
-    try:
-        with part.open("wb") as file:
-            for chunk in chunks:
-                if done + len(chunk) > count:
-                    raise ValueError(f"maps: expected {count}, as there are ids, got {done + len(chunk)} or more")
-                if offsets is None:
-                    shapes = {"maps": (count, *chunk.maps.shape[1:])}
-                    if occ is not None:
-                        shapes["occ"] = (count, 1, *chunk.maps.shape[2:])
-                    offsets = _write_header(file, tensors, shapes, dtype)
-                for start in range(0, len(chunk), ROWS):
-                    values, visibility = chunk.rows(slice(start, start + ROWS), CPU)
-                    for name, rows in (("maps", values), ("occ", visibility)):
-                        if rows is not None:
-                            rows = _narrowed(rows, dtype, done, name)
-                            _write(file, offsets[name] + done * rows[:1].nbytes, rows)
-                    done += len(values)
-            if done != count or offsets is None:
-                raise ValueError(f"maps: expected {count}, as there are ids, got {done}")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as part, part.open("wb") as file:
+        for chunk in chunks:
+            if done + len(chunk) > count:
+                raise ValueError(f"maps: expected {count}, as there are ids, got {done + len(chunk)} or more")
+            if offsets is None:
+                shapes = {"maps": (count, *chunk.maps.shape[1:])}
+                if occ is not None:
+                    shapes["occ"] = (count, 1, *chunk.maps.shape[2:])
+                offsets = _write_header(file, tensors, shapes, dtype)
+            for start in range(0, len(chunk), ROWS):
+                values, visibility = chunk.rows(slice(start, start + ROWS), CPU)
+                for name, rows in (("maps", values), ("occ", visibility)):
+                    if rows is not None:
+                        rows = _narrowed(rows, dtype, done, name)
+                        _write(file, offsets[name] + done * rows[:1].nbytes, rows)
+                done += len(values)
+        if done != count:
+            raise ValueError(f"maps: expected {count}, as there are ids, got {done}")
+        if offsets is None:
+            raise ValueError("maps: expected a chunk at least, which may be of no maps: its shape is saved; got none")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_features(path: str | os.PathLike[str]) -> Features:
@@ -165,27 +171,57 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     count, *sizes = shapes.get("maps", [0])
     expected = {"maps": [count, *sizes], "ids": [count], "cameras": [count], "occ": [count, 1, *sizes[1:]]}
-    texts = tensors["paths"].numpy().tobytes().split(b"\0")[:-1] if "paths" in shapes else None
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    kinds = {"maps": MAP_DTYPES, "occ": MAP_DTYPES, "paths": (torch.uint8,)}
+    kinds |= {"ids": (torch.int64,), "cameras": (torch.int64,)}
+    has_kinds = all(kind in kinds.get(name, (kind,)) for name, kind in dtypes.items())
+    texts = tensors["paths"].numpy().tobytes().split(b"\0")[:-1] if has_kinds and "paths" in shapes else None
     if (
-        len(sizes) != 3
+        not has_kinds
+        or len(sizes) != 3
         or "ids" not in shapes
         or any(shapes.get(name, shape) != shape for name, shape in expected.items())
         or (texts is not None and len(texts) != count)
     ):
-        raise ValueError(f"{path}: damaged: its tensors do not fit each other: {shapes}")
+        raise ValueError(f"{path}: damaged: its tensors do not fit each other: {shapes}, {dtypes}")
     paths = None if texts is None else [os.fsdecode(text) for text in texts]
     return Features(tensors["maps"], tensors["ids"], tensors.get("cameras"), tensors.get("occ"), paths)
 
 
-def _encoded(paths: Iterable[str | os.PathLike[str]], count: int) -> Tensor:
-    """Paths as bytes, each with a zero behind it, uint8 `[bytes]`."""
-    if isinstance(paths, str | bytes):
-        raise TypeError(f"paths: expected {count} paths, got the single {paths!r}")
-    texts = [os.fsencode(path) for path in paths]
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write a file that gets the name `path` when it is whole; a failure leaves what was there.
+
+    Raises:
+        OSError: `path` is a folder, or in none that can be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the path of a file, got a folder")
+    with TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:  # whose name no other thread has
+        part = Path(folder, "part")
+        yield part
+        part.replace(path)
+
+
+def as_texts(paths: Iterable[str | os.PathLike[str]], name: str, count: int) -> list[str]:
+    """Paths as strings.
+
+    Raises:
+        TypeError: something else than paths.
+        ValueError: another number than `count`, a NUL in a path.
+    """
+    if isinstance(paths, str | bytes) or not isinstance(paths, Iterable):
+        raise TypeError(f"{name}: expected {count} paths, got the single {paths!r}")
+    try:
+        texts = [os.fsdecode(path) for path in paths]
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
     if len(texts) != count:
-        raise ValueError(f"paths: expected {count}, as there are ids, got {len(texts)}")
-    data = bytearray(b"".join(text + b"\0" for text in texts))
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
+        raise ValueError(f"{name}: expected {count}, as there are ids, got {len(texts)}")
+    if wrong := [text for text in texts if "\0" in text]:
+        raise ValueError(f"{name}: no path has a NUL, got {wrong[0]!r}")
+    return texts
 
 
 def _write_header(
@@ -223,11 +259,12 @@ def _narrowed(values: Tensor, dtype: torch.dtype, first: int, name: str) -> Tens
     largest = values.abs().flatten(1).amax(dim=1)
     limits = torch.finfo(dtype)
     above = (narrow.isinf() & values.isfinite()).flatten(1).any(dim=1)
-    wrong = above | ((largest > 0) & (largest < limits.tiny))
+    wrong = above | ((largest > 0) & (narrow == 0).flatten(1).all(dim=1))
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{name}: {dtype} cannot hold row {first + row}, whose largest magnitude is {largest[row]:.3g}: its normal "
-            f"numbers are from {limits.tiny:.3g} to {limits.max:.3g}; scale the maps, or pass another dtype"
+            f"{name}: {dtype} cannot hold row {first + row}, whose largest magnitude is {largest[row]:.3g}: "
+            f"its numbers are from {limits.tiny * limits.eps:.3g} to {limits.max:.3g}; scale the maps, or pass "
+            "another dtype"
         )
     return narrow

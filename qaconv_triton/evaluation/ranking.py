@@ -95,7 +95,7 @@ def rank_gallery(
     if is_array(gallery):
         items = read_maps(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
         chunks, size = [items], len(items)
-        check_count(k, "k", low=1, high=size, why=f"the gallery has {size} maps")
+        _check_size(size, k)
     else:
         chunks = read_chunks(sizes, gallery, gallery_occ, "gallery", "gallery_occ")
     dtype = functional.correlation_dtype(queries.rows(slice(0, 0), matcher.fc.weight.device)[0])
@@ -109,6 +109,13 @@ def rank_gallery(
         candidates = _rank_all(_FlatCosine(matcher, torch.float32), queries, chunks, prefilter, size, report)[1]
     with show_progress("ranking", "pairs", shown=progress) as report:
         return _rank_candidates(scoring, queries, items, candidates, k, report)
+
+
+def _check_size(size: int, k: int) -> None:
+    """Require a gallery of `size` maps to have the k best."""
+    if size == 0:
+        raise ValueError(f"gallery: expected at least k = {k} maps, got none")
+    check_count(k, "k", low=1, high=size, why=f"the gallery has {size} maps")
 
 
 class _Scoring:
@@ -168,7 +175,7 @@ def _rank_all(
                 best[number] = _best(*both, k)
             report(first * len(queries) + min(start + step, len(queries)) * len(items), size * len(queries))
         first += len(items)
-    check_count(k, "k", low=1, high=first, why=f"the gallery has {first} maps")
+    _check_size(first, k)
     return _stacked(best)
 
 

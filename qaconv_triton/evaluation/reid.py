@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..common.dtypes import accumulation_dtype
 from ..functional import prepare_maps
-from ..validation import check_index, check_layout, check_maps
+from ..validation import check_count, check_index, check_layout, check_maps
+from .sources import is_array, take
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,12 +68,13 @@ class ReIDMetrics(NamedTuple):
 
     def to_dict(self, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         """The numbers by their usual names, for a log: `Rank-1`, ..., `mAP`, `mINP`; listed ranks only."""
+        ranks = [check_count(rank, "ranks", low=1, high=None, why="places of a list") for rank in ranks]
         cmc = {f"Rank-{rank}": self.cmc[rank - 1].item() for rank in ranks if rank <= len(self.cmc)}
         return {**cmc, "mAP": self.mAP, "mINP": self.mINP}
 
 
 def reid_metrics(
-    indices: Tensor,
+    indices: Tensor | np.ndarray[Any, Any],
     query_ids: Integers,
     gallery_ids: Integers,
     query_cameras: Integers | None = None,
@@ -88,7 +90,8 @@ def reid_metrics(
     number of items that are left out.
 
     Args:
-        indices: integers `[Q, k]`, the rows of the gallery from best to worst, as `rank_gallery` returns them.
+        indices: integers `[Q, k]`, the rows of the gallery from best to worst, as `rank_gallery` returns them: a tensor
+            or an array. At -1 there is nothing, as where FAISS finds fewer than k.
         query_ids: identities `[Q]`, integers: a tensor, a list or an array.
         gallery_ids: identities `[G]`.
         query_cameras: cameras `[Q]`, with `gallery_cameras`.
@@ -102,7 +105,7 @@ def reid_metrics(
     Raises:
         TypeError: something else than integers.
         ValueError: shapes that do not fit, cameras of one side only, a list that names an item twice.
-        IndexError: an index outside `[0, G)`.
+        IndexError: an index outside `[0, G)` other than -1.
 
     Examples:
         >>> from qaconv_triton.evaluation import reid_metrics
@@ -111,19 +114,23 @@ def reid_metrics(
         [0.583, 0.667, 0.0, 1.0, 1.0]
     """
     of_queries = query_metrics(indices, query_ids, gallery_ids, query_cameras, gallery_cameras, junk_ids=junk_ids)
+    return mean_metrics(of_queries, indices.shape[1])
+
+
+def mean_metrics(of_queries: QueryMetrics, ranks: int) -> ReIDMetrics:
+    """The means of the metrics of queries, whose lists have `ranks` places."""
     counted = ~of_queries.average_precision.isnan()
     num_queries = int(counted.sum())
     if num_queries < len(counted):
         logger.warning("%d of %d queries have no true match and do not count", len(counted) - num_queries, len(counted))
     precision, penalty, first = (values[counted] for values in of_queries)
-    ranks = indices.shape[1]
     found = first[first.isfinite()].long()
     cmc = torch.bincount(found, minlength=ranks + 1)[1:].cumsum(0).double() / num_queries
     return ReIDMetrics(precision.mean().item(), penalty.mean().item(), cmc.cpu(), num_queries)
 
 
 def query_metrics(
-    indices: Tensor,
+    indices: Tensor | np.ndarray[Any, Any],
     query_ids: Integers,
     gallery_ids: Integers,
     query_cameras: Integers | None = None,
@@ -152,8 +159,12 @@ def query_metrics(
         >>> query_metrics(torch.tensor([[2, 0], [0, 1]]), [7, 8], [7, 7, 8]).first_match.tolist()
         [2.0, inf]
     """
-    if not isinstance(indices, Tensor):
+    if not is_array(indices):
         raise TypeError(f"indices: expected an integer tensor [Q, k], got {type(indices).__name__}")
+    try:
+        indices = indices if isinstance(indices, Tensor) else take(indices, slice(None), torch.device("cpu"))
+    except TypeError as error:
+        raise TypeError(f"indices: expected an integer dtype, got {indices.dtype}") from error
     check_integers(indices, "indices")
     if indices.dim() != 2 or indices.shape[1] == 0:
         raise ValueError(f"indices: expected shape [Q, k] with k of at least 1, got {list(indices.shape)}")
@@ -161,12 +172,9 @@ def query_metrics(
     ids, items = (as_integers(v, n, device) for v, n in ((query_ids, "query_ids"), (gallery_ids, "gallery_ids")))
     if len(ids) != queries:
         raise ValueError(f"query_ids: expected [{queries}] for indices {list(indices.shape)}, got {list(ids.shape)}")
-    if ranks > len(items):
-        raise ValueError(f"indices: expected at most {len(items)} places a row, as gallery_ids, got {[queries, ranks]}")
     if (query_cameras is None) != (gallery_cameras is None):
         given = "query_cameras" if gallery_cameras is None else "gallery_cameras"
         raise ValueError(f"query_cameras and gallery_cameras come together, got {given} alone")
-    check_index(indices, len(items), "indices", "gallery items")
     is_junk = torch.isin(items, as_integers(junk_ids, "junk_ids", device))
     cameras = item_cameras = None
     if query_cameras is not None and gallery_cameras is not None:
@@ -176,11 +184,15 @@ def query_metrics(
     if cameras is not None and item_cameras is not None:
         pairs = _pair_numbers(torch.cat([ids, items]), torch.cat([cameras, item_cameras]))
         matches = matches - _count(pairs[: len(ids)], pairs[len(ids) :][~is_junk])
+    items, is_junk = torch.cat([items, items.new_zeros(1)]), torch.cat([is_junk, is_junk.new_ones(1)])  # the one at -1
+    if item_cameras is not None:
+        item_cameras = torch.cat([item_cameras, item_cameras.new_zeros(1)])
     results = []
     step = max(1, PLACES // ranks)
     for start in range(0, max(queries, 1), step):
         rows = slice(start, start + step)
         places = indices[rows].long()
+        check_index(places[places != -1], len(items) - 1, "indices", "gallery items")
         check_distinct(places, "indices", start)
         hit = items[places] == ids[rows, None]
         left_out = is_junk[places]
@@ -270,13 +282,13 @@ def check_integers(tensor: Tensor, name: str) -> None:
 
 
 def check_distinct(indices: Tensor, name: str, first: int = 0) -> None:
-    """Require every row of `indices` to name an item once at most; `first` is the number of the first row.
+    """Require every row of `indices` to name an item once at most, -1 aside; `first` is the number of the first row.
 
     Raises:
         ValueError: naming the first row that does not.
     """
     ordered = indices.sort(dim=1).values
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1)
+    repeated = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)).any(dim=1)
     if bool(repeated.any()):
         row = first + int(repeated.nonzero()[0])
         raise ValueError(f"{name}: expected every item at most once a row, got row {row} with repeats")

@@ -14,6 +14,7 @@ from ..validation import check_count, check_index, check_number
 from .reid import check_distinct, check_integers
 
 ROWS = 256  # of lists at a time
+PLACES = 2**15  # of lists whose encodings are gathered at a time
 CPU = torch.device("cpu")
 
 
@@ -47,8 +48,8 @@ def k_reciprocal_rerank(
     linearly: `d = (best - score) / (best - last)`, where `best` and `last` are the largest and the smallest score that
     the list of i in `neighbors` has besides that of i itself. Scores of a matcher are logits, of any sign and scale;
     this distance does not change when they are shifted or scaled. `d(i, i)` is 0, and what the list of i does not have
-    is at distance 1. With lists of all items this is the published algorithm over these distances. With shorter ones,
-    50 to 100 long, memory is O((Q + G) n). The result is computed on the CPU in fp64.
+    is at distance 1, also in `ranking`. With lists of all items this is the published algorithm over these distances.
+    With shorter ones, 50 to 100 long, memory is O((Q + G) n + Q k). The result is computed on the CPU in fp64.
 
     Args:
         ranking: scores and indices `[Q, k]`, as `rank_gallery(matcher, query, gallery, k)` returns them.
@@ -103,8 +104,9 @@ def k_reciprocal_rerank(
         encoding = _average(encoding, nearest[:, :k2])
 
     combined = _distance(scores, best[:queries], last[:queries]) * lambda_value
-    for start in range(0, queries, ROWS):
-        rows = slice(start, start + ROWS)
+    step = max(1, min(ROWS, PLACES // indices.shape[1]))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
         combined[rows] += (1 - lambda_value) * _jaccard_distance(encoding, start, indices[rows] + queries)
     order = combined.argsort(dim=1, stable=True)
     ranked = (1 - combined).gather(1, order).to(ranking[0]), indices.gather(1, order).to(ranking[1])
@@ -112,7 +114,8 @@ def k_reciprocal_rerank(
 
 
 def _distance(scores: Tensor, best: Tensor, last: Tensor) -> Tensor:
-    return torch.where(best > last, (best - scores) / (best - last), 0.0)
+    distance = torch.where(best > last, ((best - scores) / (best - last)).clamp(min=0), 0.0)
+    return torch.where(scores < last, 1.0, distance)  # an item that is not in the list
 
 
 def _reciprocal(nearest: Tensor) -> Tensor:

@@ -113,10 +113,11 @@ def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_na
         cpu = torch.device("cpu")
         parts = list(in_blocks(read_chunks(sizes, maps, visibility, name, visibility_name), JOINED, cpu))
         if not parts:
-            return Held(torch.empty(0, *sizes.values(), device=cpu), None)
+            return Held(torch.empty(0, *sizes.values(), device=cpu, dtype=torch.float32), None)
         return Held(*_joined(parts))
     if visibility is not None and not is_array(visibility):
-        visibility = _read_visibility(visibility, maps, visibility_name)
+        described = _checked(sizes, maps, None, name, "").maps
+        visibility = _read_visibility(visibility, described, visibility_name)
     return _checked(sizes, maps, visibility, name, visibility_name)
 
 
@@ -129,10 +130,13 @@ def _read_visibility(chunks: Iterable[Array], maps: Array, name: str) -> Tensor:
     _check_iterable(chunks, name)
     parts = []
     for number, part in enumerate(chunks, start=1):
+        label = f"{name}, chunk {number}"
         if not is_array(part):
-            raise TypeError(f"{name}, chunk {number}: expected a tensor or a NumPy array, got {type(part).__name__}")
-        parts.append(take(part, slice(None), torch.device("cpu")))
-    return torch.cat(parts) if parts else torch.empty(0, 1, *maps.shape[2:], device="cpu")
+            raise TypeError(f"{label}: expected a tensor or a NumPy array, got {type(part).__name__}")
+        shape = (part.shape[0] if part.ndim else 0, 1, *maps.shape[2:])
+        check_visibility(describe(part, label), label, torch.empty(shape, device="meta"))
+        parts.append(take(part, slice(None), torch.device("cpu")).reshape(shape))
+    return torch.cat(parts) if parts else torch.empty(0, 1, *maps.shape[2:], device="cpu", dtype=torch.float32)
 
 
 def in_blocks(chunks: Iterable[Held], size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:

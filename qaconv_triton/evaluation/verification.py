@@ -59,7 +59,7 @@ def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
 
     Raises:
         TypeError: other dtypes.
-        ValueError: other shapes, no pairs, NaN among the scores.
+        ValueError: other shapes, no pairs, scores that are not finite.
 
     Examples:
         >>> from qaconv_triton.evaluation import verification_metrics
@@ -77,8 +77,8 @@ def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
         raise TypeError(f"same: expected torch.bool, got {same.dtype}")
     if scores.dim() != 1 or scores.shape != same.shape or len(scores) == 0:
         raise ValueError(f"expected scores and same [B], B >= 1, got {list(scores.shape)} and {list(same.shape)}")
-    if scores.isnan().any():
-        raise ValueError(f"scores: NaN in {int(scores.isnan().sum())} of {len(scores)}")
+    if not (is_finite := scores.isfinite()).all():  # an infinite score is no threshold: infinity refuses all pairs
+        raise ValueError(f"scores: NaN or infinite in {int((~is_finite).sum())} of {len(scores)}")
     values, order = scores.detach().cpu().double().sort(descending=True, stable=True)
     is_same = same.cpu()[order]
     is_last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool, device=CPU)])  # of equal scores
