@@ -413,7 +413,7 @@ class _ClassGroups:
 
     def _nearest(self, anchors: Tensor, num_neighbors: int) -> Tensor:
         """The anchors' slots and those of their first `num_neighbors`, each once, nearest first; -1 after the last."""
-        near = self.neighbors[:, :num_neighbors][self.classes[anchors]]
+        near = self.neighbors[:, :num_neighbors].index_select(0, self.classes[anchors])
         slots = torch.cat([anchors.unsqueeze(1), self.slot_of_class.take(near.long())], dim=1)
         ordered, places = slots.sort(dim=1, stable=True)
         is_first = torch.ones_like(slots, dtype=torch.bool)

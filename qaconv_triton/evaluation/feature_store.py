@@ -161,7 +161,7 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     with path.open("rb"):  # raises what is usual where there is no such file
         pass
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # old versions heed torch's default device
             content = (file.metadata() or {}).get("content")
             tensors = {name: file.get_tensor(name) for name in file.keys()} if content == CONTENT else {}  # noqa: SIM118
     except SafetensorError as error:
