@@ -523,8 +523,13 @@ class QAConv(nn.Module):
         rows = table[:: max(1, table.shape[0] // SAMPLED_ROWS)].flatten(1)
         return rows[:, :: max(1, rows.shape[1] // SAMPLED_ROWS)].clone()
 
+    @property
+    def _map_sizes(self) -> dict[str, int]:
+        """Of the maps that are matched, as `check_maps` takes them."""
+        return {"channels": self.num_features, "height": self.height, "width": self.width}
+
     def _check_maps(self, maps: Tensor, visibility: Tensor | None, name: str, visibility_name: str) -> None:
-        check_maps(maps, name, channels=self.num_features, height=self.height, width=self.width)
+        check_maps(maps, name, **self._map_sizes)
         check_device(maps, name, self.fc.weight.device, "the matcher")
         if visibility is not None:
             check_visibility(visibility, visibility_name, maps)

@@ -79,7 +79,7 @@ def strongest_matches(
         raise ValueError("matcher: expected batch norms with running statistics: else a score is no sum of matches")
     if count is not None:
         count = check_count(count, "count", low=1, high=None, why="matches of a pair")
-    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    sizes = matcher._map_sizes
     for name, value, visible in (("probe", probe, probe_occ), ("gallery", gallery, gallery_occ)):
         if isinstance(value, Tensor) and value.dim() != 3:
             raise ValueError(f"{name}: expected one feature map [C, H, W], got shape {list(value.shape)}")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery
 from .evaluation.feature_store import as_texts, whole_file
-from .evaluation.reid import as_integers, check_integers, mean_metrics
+from .evaluation.reid import as_integers, check_integers, hits_of_lists, mean_metrics
 from .evaluation.sources import Held, read_maps
 from .matcher import QAConv
 from .matches import Matches, strongest_matches
@@ -121,7 +121,7 @@ def _as_tensors(matcher: QAConv, features: Features, name: str) -> Features:
     """Features whose maps are an array of the matcher's sizes, and the rest tensors on the CPU and strings."""
     if not isinstance(features, Features):
         raise TypeError(f"{name}: expected Features, got {type(features).__name__}")
-    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    sizes = matcher._map_sizes
     held = read_maps(sizes, features.maps, features.occ, f"{name}.maps", f"{name}.occ")
     ids = as_integers(features.ids, f"{name}.ids", CPU, len(held))
     cameras = None if features.cameras is None else as_integers(features.cameras, f"{name}.cameras", CPU, len(held))
@@ -276,11 +276,12 @@ class _Evaluation:
 
     def kept(self, row: int) -> Tensor:
         """The places of a query's list that count: not junk, not its own identity in its own camera."""
-        items = self.indices[row]
-        is_out = (items < 0) | torch.isin(self.gallery.ids[items], torch.tensor(JUNK_IDS, device=CPU))
-        if self.query.cameras is not None and self.gallery.cameras is not None:
-            same = self.gallery.cameras[items] == self.query.cameras[row]
-            is_out |= same & (self.gallery.ids[items] == self.query.ids[row])
+        items, query, gallery = self.indices[row], self.query, self.gallery
+        cameras = None if query.cameras is None else query.cameras[row : row + 1]
+        is_junk = torch.isin(gallery.ids, torch.tensor(JUNK_IDS, device=CPU))
+        of_query = query.ids[row : row + 1], cameras
+        _, is_left_out = hits_of_lists(items.long().unsqueeze(0), *of_query, gallery.ids, gallery.cameras, is_junk)
+        is_out = is_left_out[0] | (items < 0)
         return is_out.logical_not().nonzero().flatten()
 
     def drawing(self, row: int, place: int, name: str) -> str:

@@ -21,6 +21,7 @@ from .common.dtypes import accumulation_dtype
 from .matcher import QAConv
 from .progress import show_progress
 from .sampler import class_labels
+from .scores import k_best
 from .validation import check_count, check_device, check_finite_rows, check_flag, check_maps
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _class_maps(
 ) -> Tensor:
     """The mean map of each class's samples `[N, C, H, W]`, given in rounds as `_draw_samples` returns them."""
     device = next((tensor.device for tensor in (*backbone.parameters(), *backbone.buffers())), matcher.fc.weight.device)
-    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    sizes = matcher._map_sizes
     num_drawn = torch.cat([classes for classes, _ in rounds]).bincount()
     done, total = 0, int(num_drawn.sum())
     sums: Tensor | None = None
@@ -190,8 +191,7 @@ def _nearest_by_score(matcher: QAConv, maps: Tensor, k: int, progress: bool) -> 
                 # Ids ascend from block to block, so a stable sort leaves the lower one first where scores are equal.
                 best = torch.cat([best, scores], dim=1)
                 best_ids = torch.cat([best_ids, ids[first : first + BLOCK].expand(len(probe), -1)], dim=1)
-                best, order = best.sort(dim=1, descending=True, stable=True)
-                best, best_ids = best[:, :k], best_ids.gather(1, order[:, :k])
+                best, best_ids = k_best(best, best_ids, k)
                 done += scores.numel()
                 report(done, classes**2)
             neighbors[start : start + len(probe)] = best_ids

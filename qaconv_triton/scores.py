@@ -375,3 +375,9 @@ def _scale_and_shift(norm: nn.BatchNorm1d, affine: Affine, variance: Tensor) -> 
     if weight is not None:
         scale = scale * weight.to(variance.dtype)
     return scale, torch.zeros_like(scale) if bias is None else bias.to(variance.dtype)
+
+
+def k_best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row and their ids; equal ones in the order in which they come, NaN last."""
+    order = torch.where(scores.isnan(), -torch.inf, scores).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), ids.gather(1, order)

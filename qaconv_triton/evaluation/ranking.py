@@ -17,7 +17,7 @@ from .. import functional
 from ..common.dtypes import accumulation_dtype
 from ..matcher import QAConv
 from ..progress import Progress, show_progress
-from ..scores import MAP_BYTES, score_maps
+from ..scores import MAP_BYTES, k_best, score_maps
 from ..validation import check_count, check_flag
 from .sources import Held, in_blocks, is_array, read_chunks, read_maps
 
@@ -89,7 +89,7 @@ def rank_gallery(
             f"memory-mapped, got {type(gallery).__name__}"
         )
     k = check_count(k, "k", low=1, high=None, why="gallery maps of each query")
-    sizes = {"channels": matcher.num_features, "height": matcher.height, "width": matcher.width}
+    sizes = matcher._map_sizes
     queries, size = read_maps(sizes, query, query_occ, "query", "query_occ"), 0
     chunks: Iterable[Held]
     if is_array(gallery):
@@ -148,12 +148,6 @@ class _FlatCosine(_Scoring):
             return probe @ items.mT
 
 
-def _best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row, equal ones in the order in which they come, NaN last."""
-    order = torch.where(scores.isnan(), -torch.inf, scores).argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), ids.gather(1, order)
-
-
 def _rank_all(
     scoring: _Scoring, queries: Held, chunks: Iterable[Held], k: int, size: int, report: Progress
 ) -> tuple[Tensor, Tensor]:
@@ -169,10 +163,10 @@ def _rank_all(
             probe = scoring.prepare(*queries.rows(slice(start, start + step), device))
             scores, indices = scoring.compare(probe, items), ids.expand(len(probe), -1)
             if first == 0:
-                best.append(_best(scores, indices, k))
+                best.append(k_best(scores, indices, k))
             else:
                 both = torch.cat([best[number][0], scores], dim=1), torch.cat([best[number][1], indices], dim=1)
-                best[number] = _best(*both, k)
+                best[number] = k_best(*both, k)
             report(first * len(queries) + min(start + step, len(queries)) * len(items), size * len(queries))
         first += len(items)
     _check_size(first, k)
@@ -193,7 +187,7 @@ def _rank_candidates(
             rows, places = part.unique(return_inverse=True)
             table = scoring.prepare(*items.rows(rows, scoring.device))
             scores.append(scoring.compare(probe, table, places))
-        best.append(_best(torch.cat(scores, dim=1), ids, k))
+        best.append(k_best(torch.cat(scores, dim=1), ids, k))
         done += len(ids)
         report(done * ids.shape[1], candidates.numel())
     return _stacked(best)

@@ -194,12 +194,25 @@ def query_metrics(
         places = indices[rows].long()
         check_index(places[places != -1], len(items) - 1, "indices", "gallery items")
         check_distinct(places, "indices", start)
-        hit = items[places] == ids[rows, None]
-        left_out = is_junk[places]
-        if cameras is not None and item_cameras is not None:
-            left_out = left_out | (hit & (item_cameras[places] == cameras[rows, None]))
+        of_rows = ids[rows], None if cameras is None else cameras[rows]
+        hit, left_out = hits_of_lists(places, *of_rows, items, item_cameras, is_junk)
         results.append(_of_block(hit & ~left_out, left_out, matches[rows]))
     return QueryMetrics(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+
+
+def hits_of_lists(
+    places: Tensor,
+    ids: Tensor,
+    cameras: Tensor | None,
+    items: Tensor,
+    item_cameras: Tensor | None,
+    is_junk: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What the protocol makes of lists `[q, k]` of queries `[q]` over items `[G]`: hits, and what is left out."""
+    hit, left_out = items[places] == ids.unsqueeze(1), is_junk[places]
+    if cameras is not None and item_cameras is not None:
+        left_out = left_out | (hit & (item_cameras[places] == cameras.unsqueeze(1)))
+    return hit, left_out
 
 
 def _of_block(hit: Tensor, left_out: Tensor, matches: Tensor) -> tuple[Tensor, Tensor, Tensor]:

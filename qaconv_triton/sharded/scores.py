@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -183,20 +183,20 @@ def _agree_on_batch(agreement: Agreement, matcher: QAConv, maps: Tensor, visibil
     """Tell the other ranks what this one brings, and what the matcher is to do with it."""
     agreement.size, agreement.dtype = len(maps), functional.correlation_dtype(maps)
     agreement.needs_grad = maps.requires_grad or (visibility is not None and visibility.requires_grad)
-    agreement.settings = (
-        f"{_statistics(matcher.bn)} in bn and {_statistics(matcher.logit_bn)} in logit_bn, "
-        f"k_nearest={matcher.k_nearest}, include_self={matcher.include_self}"
-    )
+    settings = f"k_nearest={matcher.k_nearest}, include_self={matcher.include_self}"
+    agreement.settings = f"{_statistics(matcher)}, {settings}"
 
 
 def agree_on_pairs(agreement: Agreement, matcher: QAConv, maps: Tensor) -> None:
     """Likewise for pairs of maps, which stay on their rank: what norms sum over the ranks is to be of one dtype."""
     agreement.size, agreement.dtype = 1, accumulation_dtype(functional.correlation_dtype(maps))
-    agreement.settings = f"{_statistics(matcher.bn)} in bn and {_statistics(matcher.logit_bn)} in logit_bn"
+    agreement.settings = _statistics(matcher)
 
 
-def _statistics(norm: nn.BatchNorm1d) -> str:
-    return "batch statistics" if uses_batch(norm, evaluate=False) else "running statistics"
+def _statistics(matcher: QAConv) -> str:
+    norms = {"bn": matcher.bn, "logit_bn": matcher.logit_bn}
+    used = {name: "batch" if uses_batch(norm, evaluate=False) else "running" for name, norm in norms.items()}
+    return " and ".join(f"{kind} statistics in {name}" for name, kind in used.items())
 
 
 def _own_shard(table: DTensor) -> Tensor:
