@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = [*RANKS, "2", "tests/run_example.py"]
 
 
 def run(*arguments: str | Path) -> str:
@@ -66,7 +67,7 @@ def test_a_sharded_table_goes_on_where_it_was_interrupted(tmp_path: Path) -> Non
     for epoch in range(2, 300):  # what was saved after the second line
         shutil.rmtree(tmp_path / "parts" / str(epoch), ignore_errors=True)
     assert losses(run(*TORCHRUN, *script, tmp_path / "parts", "--epochs", "3")) == whole[1:]
-    alone = losses(run(*TORCHRUN[:-1], "1", *script, tmp_path / "whole", "--epochs", "4"))
+    alone = losses(run(*RANKS, "1", *script, tmp_path / "whole", "--epochs", "4"))
     assert len(alone) == 1
     assert float(alone[0].split()[-1]) < float(whole[-1].split()[-1])
 
