@@ -6,8 +6,12 @@ Query-adaptive convolution: arXiv:1904.10424; graph sampling:
 arXiv:2104.01546.
 """
 
+import os
+
 from . import versions
 
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a clone: they lie beside the package
+    __path__.append(os.path.dirname(__path__[0]))
 versions.check_installed()  # first: what follows fails under an old torch, with less clear errors
 
 from . import functional

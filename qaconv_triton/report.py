@@ -239,7 +239,7 @@ class _Pictures:
             raise ImportError("pictures in a report need Pillow: pip install qaconv-triton[plot]") from error
         try:
             with Image.open(Path(self.folder or "", paths[row])) as opened:
-                picture = opened.convert("RGB")
+                picture = opened.convert("RGB")  # EXIF is ignored, as by the loaders of datasets: maps fit that
         except (OSError, ValueError, Image.DecompressionBombError):
             self.missing[paths[row]] = None
             return None

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,25 @@ def test_an_import_loads_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_a_clone_works_where_the_package_is_installed_elsewhere_or_not_at_all() -> None:
+    """`pip install .`, and then Python in the clone: what lies here comes first."""
+    script = """
+        import sys
+
+        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+        import torch
+        from qaconv_triton import QAConv, kernels
+
+        assert "editable" not in str(sys.meta_path) and QAConv(4, 2, 2).match(*torch.randn(2, 3, 4, 2, 2)).shape == (3, 3)
+        print(*kernels.__path__)
+    """
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(root / "kernels")
 
 
 def test_the_library_works_without_triton() -> None:

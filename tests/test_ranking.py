@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,10 +155,12 @@ def test_equal_scores_come_by_ascending_row(prefilter: int | None) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("prefilter", [None, G])
-def test_nan_comes_last_and_stays_nan(prefilter: int | None) -> None:
+def test_nan_comes_last_and_stays_nan(prefilter: int | None, caplog: pytest.LogCaptureFixture) -> None:
     matcher, query, gallery = make_matcher(), QUERY.clone(), GALLERY.clone()
     query[2, 1, 0, 0] = gallery[[4, 20], 0] = torch.nan
-    scores, indices = rank_gallery(matcher, query, gallery, G, prefilter=prefilter)
+    with caplog.at_level(logging.WARNING, logger="qaconv_triton"):
+        scores, indices = rank_gallery(matcher, query, gallery, G, prefilter=prefilter)
+    assert [record.getMessage() for record in caplog.records] == ["1 of 7 queries have NaN scores only, row 2 first"]
     rest = [0, 1, 3, 4, 5, 6]
     assert indices[rest, -2:].sort().values.tolist() == [[4, 20]] * 6
     assert scores[rest, -2:].isnan().all()

@@ -212,3 +212,7 @@ def test_multi_query_means_the_normalised_maps_of_an_identity_and_camera() -> No
     assert ids.tolist() == [1, 3]
     assert cameras is None
     assert average_queries(values[:0], [])[0].shape == values[:0].shape
+    of_array = average_queries(values.cpu().numpy(), [3, 1, 3, 3, 1, 3])[0]
+    torch.testing.assert_close(of_array, average_queries(values.cpu(), [3, 1, 3, 3, 1, 3])[0], rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"maps: expected .*\[6, 4\]"):
+        average_queries(torch.zeros(6, 4).numpy(), [3, 1, 3, 3, 1, 3])

@@ -6,6 +6,7 @@ are to it what lists of neighbours are on the class path. Pooled maps cost less,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .sources import Maps
 
 MOST_QUERIES, MOST_ITEMS = 1024, 4096  # whose scores are sorted at a time
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -63,7 +65,8 @@ def rank_gallery(
 
     Returns:
         scores `[Q, k]`, descending, fp32 (fp64 for fp64), and the rows of the gallery int64 `[Q, k]`, both on the
-        matcher's device; equal scores by ascending row. NaN comes after every number.
+        matcher's device; equal scores by ascending row. NaN comes after every number; a warning is logged for queries
+        whose scores are all NaN.
 
     Raises:
         TypeError: arguments of another type, maps that are not real floating-point arrays.
@@ -195,4 +198,8 @@ def _rank_candidates(
 
 def _stacked(best: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     scores, indices = (torch.cat(parts) for parts in zip(*best, strict=True))
+    is_unordered = scores[:, 0].isnan()
+    if is_unordered.any():  # a query that has NaN or Inf itself, as a rule
+        row = int(is_unordered.nonzero()[0])
+        logger.warning("%d of %d queries have NaN scores only, row %d first", int(is_unordered.sum()), len(scores), row)
     return scores, indices

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..common.dtypes import accumulation_dtype
 from ..functional import prepare_maps
 from ..validation import check_count, check_index, check_layout, check_maps
-from .sources import is_array, take
+from .sources import is_array, read_maps, take
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from .sources import Array
 
     Integers = Tensor | Sequence[int] | np.ndarray[Any, Any]
 
@@ -227,7 +229,7 @@ def _of_block(hit: Tensor, left_out: Tensor, matches: Tensor) -> tuple[Tensor, T
 
 
 def average_queries(
-    maps: Tensor, ids: Integers, cameras: Integers | None = None
+    maps: Array, ids: Integers, cameras: Integers | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Merge the queries of one identity and camera to one, for the multi-query protocol: the mean of their maps.
 
@@ -235,7 +237,7 @@ def average_queries(
     features are vectors, averages them likewise.)
 
     Args:
-        maps: `[M, C, H, W]`, float16, bfloat16, float32 or float64.
+        maps: `[M, C, H, W]`, float16, bfloat16, float32 or float64: a tensor, which may be memory-mapped, or an array.
         ids: identities `[M]`, integers.
         cameras: `[M]`; without them all queries of an identity are merged.
 
@@ -252,6 +254,8 @@ def average_queries(
         >>> ids.tolist(), cameras.tolist()
         ([1, 3, 3], [0, 0, 1])
     """
+    if not isinstance(maps, Tensor):
+        maps = read_maps({}, maps, None, "maps", "").rows(slice(None), torch.device("cpu"))[0]
     check_maps(maps, "maps")
     keys = [as_integers(ids, "ids", maps.device, len(maps))]
     if cameras is not None:

@@ -197,7 +197,13 @@ def _checked_lists(lists: tuple[Tensor, Tensor], name: str) -> tuple[Tensor, Ten
             f"{name}: expected scores and indices alike, got {list(scores.shape)} and {list(indices.shape)}"
         )
     scores, indices = scores.detach().cpu().double(), indices.cpu().long()
-    if not torch.isfinite(scores).all() or (scores.diff(dim=1) > 0).any():
-        raise ValueError(f"{name}: expected finite scores in descending order")
+    is_wrong = ~torch.isfinite(scores).all(dim=1) | (scores.diff(dim=1) > 0).any(dim=1)
+    if is_wrong.any():
+        row = int(is_wrong.nonzero()[0])
+        places = ", ".join(f"{score:g}" for score in scores[row, :4].tolist() + scores[row, -1:].tolist())
+        raise ValueError(
+            f"{name}: expected finite scores in descending order, got {int(is_wrong.sum())} of {len(scores)} lists "
+            f"with others, first row {row}: its first four scores and the last are {places}"
+        )
     check_distinct(indices, name)
     return scores, indices

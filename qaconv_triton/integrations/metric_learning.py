@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from ..evaluation import rank_gallery
 from ..functional import topk_cosine
 from ..matcher import QAConv
 from ..scores import BatchStatistics, prepared_pairs, score_gallery, score_maps, update_running_statistics
+from ..validation import check_count
 
 try:
     from pytorch_metric_learning.distances import BaseDistance
@@ -119,6 +122,9 @@ class QAConvKNN:
         matcher: a `QAConv`, on the calculator's device; it scores in eval mode.
         prefilter: score only so many references of each query, the nearest by cosine, as `evaluation.rank_gallery`.
 
+    Raises:
+        TypeError, ValueError: another matcher, a prefilter that is no positive integer.
+
     Examples:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         >>> matcher, maps, labels = QAConv(8, 2, 3), torch.randn(6, 8, 2, 3), torch.tensor([0, 0, 1, 1, 2, 2])
@@ -127,8 +133,10 @@ class QAConvKNN:
         ['precision_at_1']
     """
 
-    def __init__(self, matcher: QAConv, prefilter: int | None = None) -> None:
+    def __init__(self, matcher: QAConv, prefilter: SupportsIndex | None = None) -> None:
         self.distance = QAConvDistance(matcher)
+        if prefilter is not None:
+            prefilter = check_count(prefilter, "prefilter", low=1, high=None, why="references of each query")
         self.prefilter = prefilter
 
     def __call__(
