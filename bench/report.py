@@ -39,6 +39,9 @@ beside it, then write the page again.
   Useful bytes: every map, pooled value, score and gradient once. Both are compared with what a large square `torch.mm`
   and a large copy reach in the same run. Backward passes on a CPU are not matrix products and have no share of
   `torch.mm`.
+
+Instructions, registers, barriers and estimated cycles of the kernels are in
+[kernels/README.md](../kernels/README.md#what-the-compiler-makes-of-them).
 """
 NO_GPU = """
 GPU figures are **not measured yet**. On a machine with a GPU, `make gpu-check` measures them and writes this page.
