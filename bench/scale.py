@@ -155,7 +155,8 @@ def measured_section(cases: Sequence[str], processes: Sequence[int], rounds: int
                 row[f"{part}, ratio"] = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             flops, copy, network, latency = (median(rates) for rates in zip(*machines, strict=True))
             row |= {"GFLOP/s": f"{1e-9 * flops:.3g}", "copy GB/s": f"{1e-9 * copy:.3g}"}
-            rows.append(row | {"gloo GB/s": f"{1e-9 * network:.2g}", "latency": results.time(latency)})
+            row |= {"gloo GB/s": f"{1e-9 * network:.2g}", "latency": results.time(latency)}
+            rows.append(row if count > 1 else row | {"gloo GB/s": "", "latency": ""})
         table = {name: [row[name] for row in rows] for name in rows[0]}
         lines += [f"`{SIZES}` = {case}; rates are those of a process:", results.grid(table)]
     return "\n\n".join(lines)
