@@ -16,9 +16,7 @@ SUMS_BYTES = (8, 4, 8, 4)  # of the all-reduces of both norms: count and sum, th
 VISITORS = 2  # shards that a search holds besides its own: the visitor and the next one
 LIST_BYTES, LIST_ROW_BYTES = 146, 24  # of lists of candidates at the peak of a search, per row and neighbour; per row
 SAMPLER_GATHERS_GRAPH = True  # GraphSampler makes the graph whole on every rank
-ADAMW_PASSES = (
-    7  # over a shard, by AdamW(fused=True): reads values, gradient, both moments; writes all but the gradient
-)
+ADAMW_PASSES = 7  # over a shard, by AdamW(fused=True): reads value, gradient, moments; writes value and moments
 
 
 class Job(NamedTuple):
