@@ -25,7 +25,7 @@ PORTABLE  = $(BIN)/$(PYTEST) -q $(PRODUCTS) $(ARGS)
 ORDERS   := -k 'not triton or cosine_topk or class_graph or lowest or tie'
 TIES     := -k 'not triton or lowest or tie'
 # the tests of measuring need no second version, and compiling for one architecture shows that Triton takes the kernels
-OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench perf_gate performance),$(wildcard tests/test_*.py))
+OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench perf_gate performance scale),$(wildcard tests/test_*.py))
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples) docs/site.py
 
 .DEFAULT_GOAL := help

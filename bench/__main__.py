@@ -4,6 +4,7 @@ python -m bench                     every op at every case of the device
 python -m bench graph --tiny        one op, small: graph (class graph), classes (class path), pairs (all pairs)
 python -m bench classes --parts forward step
 python -m bench ranking             seconds and recall of rankings of a gallery
+python -m bench scale               a sharded class table: a model of its costs, beside processes, for many GPUs
 python -m bench report              docs/benchmarks.md and its plots, from the CSV files
 python -m bench static --arch 90    what the compiler makes of the kernels (tests/static)
 """
@@ -18,7 +19,7 @@ import torch
 
 from . import cases, measure, results
 
-COMMANDS = {"ranking": "bench.ranking", "static": "bench.static", "report": "bench.report"}  # with main(arguments)
+COMMANDS = {name: f"bench.{name}" for name in ("ranking", "scale", "static", "report")}  # with main(arguments)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
