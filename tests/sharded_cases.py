@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,10 @@ def gradients(matcher: nn.Module) -> dict[str, Tensor]:
     return {name: whole(each.grad) for name, each in matcher.named_parameters() if each.grad is not None}
 
 
-def docs_code() -> dict[str, Any]:
-    """What the Python blocks of docs/many-devices.md define; those that need Lightning only where it is installed."""
+def docs_code(*, with_lightning: bool = False) -> dict[str, Any]:
+    """What the Python blocks of docs/many-devices.md define; without Lightning, which imports slowly, the rest."""
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL):
-        if "lightning" not in block or importlib.util.find_spec("lightning"):
+        if with_lightning or "lightning" not in block:
             exec(block, names)
     return names

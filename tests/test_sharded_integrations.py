@@ -42,7 +42,7 @@ class Training:
         self.images = torch.randn(len(LABELS), 3, 8, 8, generator=generator)
         torch.manual_seed(2)
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU(), nn.Conv2d(8, C, 1))
-        self.docs = docs_code()
+        self.docs = docs_code(with_lightning=True)
         self.docs["make_criterion"] = make_criterion
 
     def loader(self, neighbors: Callable[[], Tensor]) -> DataLoader[Any]:
