@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qaconv_triton import QAConv
 
+DOCS = Path(__file__).parents[1] / "docs" / "many-devices.md"
 N, K, C, H, W = 9, 4, 6, 2, 2  # on four ranks 3, 3, 3 and none
 SIZES = {0: (3, 1, 2, 2), 1: (0, 2, 1, 4), 2: (2, 2, 2, 2)}  # of the ranks' batches, by step modulo 3
 
@@ -55,3 +58,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gradients(matcher: nn.Module) -> dict[str, Tensor]:
     return {name: whole(each.grad) for name, each in matcher.named_parameters() if each.grad is not None}
+
+
+def docs_code(*, with_lightning: bool = False) -> dict[str, Any]:
+    """What the Python blocks of docs/many-devices.md define; without Lightning, which imports slowly, the rest."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL):
+        if with_lightning or "lightning" not in block:
+            exec(block, names)
+    return names

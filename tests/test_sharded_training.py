@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import pickle
 import re
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from sharded_cases import C, H, K, N, W, batch, gradients, make_matcher, whole
+from sharded_cases import C, H, K, N, W, batch, docs_code, gradients, make_matcher, whole
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -34,7 +33,6 @@ from qaconv_triton import QAConv, SoftmaxTripletLoss, sharded
 
 RANKS = 3
 LARGE = 100_000  # classes of 256 dimensions
-DOCS = Path(__file__).parents[1] / "docs" / "many-devices.md"
 
 
 def make_optimizer(matcher: QAConv) -> torch.optim.AdamW:
@@ -162,15 +160,13 @@ def check_optimizers(meshes: list[DeviceMesh], folder: Path) -> None:
 
 def check_clipping(meshes: list[DeviceMesh], folder: Path) -> None:
     """The way of docs/many-devices.md, against `clip_grad_norm_` of one process."""
-    names: dict[str, Any] = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)), names)
-    mesh = meshes[-1]
+    mesh, clip_gradients = meshes[-1], docs_code()["clip_gradients"]
     for max_norm in (0.1, 1e6):
         matcher, single = make_matcher(mesh, torch.float64), make_matcher(None, torch.float64)
         optimizer, other = make_optimizer(matcher), make_optimizer(single)
         for each, its_optimizer in ((matcher, optimizer), (single, other)):
             step(each, its_optimizer, 3)
-        total = names["clip_gradients"](optimizer, max_norm)
+        total = clip_gradients(optimizer, max_norm)
         expected = nn.utils.clip_grad_norm_(single.parameters(), max_norm)
         torch.testing.assert_close(total, expected)
         for name, value in gradients(matcher).items():
@@ -199,16 +195,11 @@ def check_scaler(meshes: list[DeviceMesh], folder: Path) -> None:
 
 
 def check_ddp(meshes: list[DeviceMesh], folder: Path) -> None:
-    """DDP takes no sharded matcher, whether its shards are even or not; nor does the callback for Lightning."""
+    """DDP takes no sharded matcher, whether its shards are even or not."""
     for count in (9, 8):
         matcher = QAConv(C, H, W, count, K, mesh=meshes[-1])
         with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
             DistributedDataParallel(SoftmaxTripletLoss(matcher))
-    if distributed.get_rank() == 0 and importlib.util.find_spec("lightning"):
-        from qaconv_triton.integrations.lightning import GraphSampling
-
-        with pytest.raises(ValueError, match="sharded over a mesh"):
-            GraphSampling(lambda module: module).matcher_of(matcher)
 
 
 def check_memory(meshes: list[DeviceMesh], folder: Path) -> None:

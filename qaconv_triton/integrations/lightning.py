@@ -9,8 +9,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from ..distributed import local_rows, whole
 from ..matcher import QAConv
 from ..sampler import GraphSampler
 from ..validation import check_count
@@ -30,9 +31,10 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
     """Build the class graph anew every few epochs or steps, on all ranks together, and log what that took.
 
     Logs "graph/seconds" and "graph/changed", the share of neighbours that the graph before did not have. Under DDP rank
-    0 searches and the others get its graph. The trainer's checkpoints hold the graph and the place of a `GraphSampler`
-    in its epoch, so that a training that resumes inside an epoch goes on with the same batches. Lightning is kept from
-    putting a `DistributedSampler` in a `GraphSampler`'s place, which deals the batches among the ranks itself.
+    0 searches and the others get its graph; where the class table is sharded, all search. The trainer's checkpoints
+    hold the graph and the place of a `GraphSampler` in its epoch, so that a training that resumes inside an epoch goes
+    on with the same batches. Lightning is kept from putting a `DistributedSampler` in a `GraphSampler`'s place, which
+    deals the batches among the ranks itself.
 
     Args:
         matcher: the matcher's path in the LightningModule, as "criterion.matcher", or a function of the module that
@@ -77,11 +79,6 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         matcher = self._find(module)
         if not isinstance(matcher, QAConv) or matcher.num_classes is None:
             raise ValueError(f"matcher: expected a QAConv with num_classes, got {matcher!r}")
-        if matcher.mesh is not None:
-            raise ValueError(
-                "matcher: its class table is sharded over a mesh, and Lightning's checkpoints cannot hold the graph; "
-                "call compute_class_neighbors in on_train_epoch_start of the LightningModule instead of this callback"
-            )
         return matcher
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -128,7 +125,7 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         neighbors = self.matcher_of(pl_module).class_neighbors
         if neighbors is None or self._built_at is None:
             return
-        kept = {"neighbors": neighbors.cpu().int(), "built_at": self._built_at}
+        kept = {"neighbors": whole(neighbors).cpu().int(), "built_at": self._built_at}
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             if isinstance(sampler := getattr(loader, "batch_sampler", None), GraphSampler):
                 kept["sampler"] = {**sampler.state_dict(), "epoch": trainer.current_epoch, "position": self._position}
@@ -154,23 +151,28 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         if before is not None:
             values["graph/changed"] = changed_share(before, neighbors)
         pl_module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=True)
-        if self.draw is not None and trainer.is_global_zero:
+        if self.draw is not None:
+            graph = whole(neighbors)
             writers = [each.experiment for each in trainer.loggers if hasattr(each.experiment, "add_figure")]
-            for writer in writers:
-                writer.add_figure("graph/neighbors", self.draw(neighbors), trainer.global_step)
+            for writer in writers if trainer.is_global_zero else ():
+                writer.add_figure("graph/neighbors", self.draw(graph), trainer.global_step)
         logger.info("class graph of %d classes built in %.2f s", len(neighbors), seconds)
 
 
 def changed_share(before: Tensor, after: Tensor) -> float:
     """The share of the ids `after [N, K]` that are not in the same row of `before [N, K]`.
 
+    Of graphs that are sharded over a mesh, alike, its ranks call it together.
+
     Examples:
         >>> changed_share(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[2, 3], [2, 0]]))
         0.25
     """
-    found = 0
-    for old, new in zip(before.split(ROWS), after.split(ROWS), strict=True):
+    found = torch.zeros((), dtype=torch.int64, device=after.device)
+    for old, new in zip(local_rows(before).split(ROWS), local_rows(after).split(ROWS), strict=True):
         ordered = old.to(new.device).sort(dim=1).values
         places = torch.searchsorted(ordered, new.contiguous()).clamp(max=ordered.shape[1] - 1)
-        found += int((ordered.gather(1, places) == new).sum())
-    return 1.0 - found / max(after.numel(), 1)
+        found += (ordered.gather(1, places) == new).sum()
+    if hasattr(after, "device_mesh"):
+        distributed.all_reduce(found, group=after.device_mesh.get_group())
+    return 1.0 - int(found) / max(after.numel(), 1)
