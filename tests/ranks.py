@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -57,3 +58,17 @@ def _train_two_numbers(rank: int, ranks: int) -> None:
     model = DistributedDataParallel(nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
     distributed.all_gather([torch.zeros(2) for _ in range(ranks)], torch.full((2,), float(rank)))
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """How much the resident memory of this process grows while it is called, in bytes."""
+
+    def read(name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before
