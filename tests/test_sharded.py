@@ -460,10 +460,20 @@ def check_difference(mesh: DeviceMesh) -> None:
     assert maps.grad is not None
     if mesh.size() == 1:
         return
-    maps = features.bfloat16() if is_other else features
+    maps, loss = features.bfloat16() if is_other else features, TripletLoss(matcher)
     for call in (lambda: matcher.class_scores(maps, labels), lambda: matcher(maps)):
         with pytest.raises(
             RuntimeError, match=r"rank 0 has maps in torch.float32; .*rank \d has maps in torch.bfloat16"
+        ):
+            call()
+    for call in (
+        lambda: matcher.class_scores(features, labels),
+        lambda: matcher(features),
+        lambda: loss(features, labels),
+    ):
+        with (
+            torch.set_grad_enabled(not is_other),
+            pytest.raises(RuntimeError, match=r"rank 0 has .*gradients enabled.*rank \d has .*gradients disabled"),
         ):
             call()
     matcher.train(not is_other)
