@@ -33,6 +33,7 @@ from .scale_model import (
     graph_messages,
     graph_seconds,
     memory,
+    sampler_bytes,
     step_messages,
     step_seconds,
 )
@@ -172,6 +173,7 @@ def computed_section() -> str:
         "classes": [f"{job.classes // 10**6}M" for job in jobs],
         "GPUs": [f"{job.ranks:,}" for job in jobs],
         **{f"{part}, GB": [f"{1e-9 * each[part]:,.1f}" for each in held] for part in held[0]},
+        "on the CPU, GB": [f"{1e-9 * sampler_bytes(job, INSTANCES):,.1f}" for job in jobs],
         "fits": ["yes" if each["peak"] <= GPU_BYTES else "no" for each in held],
         "graph, s": [f"{graph_seconds(job, machine):,.1f}" for job, machine in zip(jobs, machines, strict=True)],
         "received, GB": [f"{1e-9 * nbytes:,.0f}" for nbytes in received],

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from qaconv_triton.sharded import graph
+
 # What the code holds and sends besides what shapes say. These change with qaconv_triton/sharded and GraphSampler.
 AGREEMENT_BYTES = 5 * 8  # that a rank tells the others before it computes
 SUMS_BYTES = (8, 4, 8, 4)  # of the all-reduces of both norms: count and sum, then squares
-VISITORS = 2  # shards that a search holds besides its own: the visitor and the next one
-LIST_BYTES, LIST_ROW_BYTES = 146, 24  # of lists of candidates at the peak of a search, per row and neighbour; per row
-SAMPLER_GATHERS_GRAPH = True  # GraphSampler makes the graph whole on every rank
+VISITORS = 2  # parts of shards that a search holds besides its own shard: the visitor and the next one
+LIST_BYTES, PART_LIST_BYTES = 96, 50  # of lists at the peak of a search, per neighbour of a row; of a row of a part
+SAMPLER_ITEMSIZE = 4  # of an id that GraphSampler keeps, in the memory of the CPU
 ADAMW_PASSES = 7  # over a shard, by AdamW(fused=True): reads value, gradient, moments; writes value and moments
 
 
@@ -61,24 +63,34 @@ class Message(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Of the half ring: pairs of rows that a rank multiplies, rows that visit it, its rows whose lists come back."""
+    """Of the half ring: pairs of rows that a rank multiplies, rows that visit it, its rows whose lists come back.
+
+    The visitor of a step is a part of a shard.
+    """
 
     pairs: int
     visiting: int
     returned: int
 
 
+def part_rows(job: Job) -> int:
+    """The most rows of a part of a visitor."""
+    return min(job.rows(0), max(1, graph.PART_BYTES // job.map_bytes))
+
+
 def half_ring(job: Job, rank: int = 0) -> list[Step]:
     """The steps of a rank after the search within its own shard."""
-    steps, own = [], job.rows(rank)
+    steps = []
     for distance in range(1, job.ranks // 2 + 1):
         visitor = (rank + distance) % job.ranks
-        rows = job.rows(visitor)
-        half = -(-job.rows(max(rank, visitor)) // 2)
-        if 2 * distance < job.ranks:
-            steps.append(Step(own * rows, rows, own))
-        else:  # both ranks have each other, and each multiplies one half of the higher one's rows
-            steps.append(Step(own * half, half, own) if rank < visitor else Step((own - half) * rows, rows, half))
+        own = sent = job.rows(rank)
+        visiting = job.rows(visitor)
+        if 2 * distance == job.ranks:  # both have each other; each multiplies one half of the higher one's rows
+            half = -(-job.rows(max(rank, visitor)) // 2)
+            own, visiting, sent = (own, half, sent) if rank < visitor else (own - half, visiting, half)
+        for first in range(0, job.rows(0), part_rows(job)):
+            part, back = (max(0, min(part_rows(job), count - first)) for count in (visiting, sent))
+            steps.append(Step(own * part, part, back))
     return steps
 
 
@@ -89,11 +101,12 @@ def graph_flops(job: Job, rank: int = 0) -> list[int]:
 
 
 def graph_messages(job: Job, rank: int = 0) -> list[list[Message]]:
-    """What a rank sends and receives in a search: at its start; then step by step, the visitor and the lists."""
-    messages = [[Message("all_gather", AGREEMENT_BYTES), Message("all_gather", 4 * job.rows(0))]]  # thresholds
+    """What a rank sends and receives in a search: at its start; then step by step, the visitor, thresholds, lists."""
+    messages = [[Message("all_gather", AGREEMENT_BYTES)]]
     for step in half_ring(job, rank):
         lists = [step.returned * job.k * itemsize for itemsize in (4, 8)]  # similarities and ids
-        messages.append([Message("receive", nbytes) for nbytes in (step.visiting * job.map_bytes, *lists) if nbytes])
+        received = (step.visiting * job.map_bytes, step.visiting * 4, *lists)
+        messages.append([Message("receive", nbytes) for nbytes in received])
     return messages
 
 
@@ -139,12 +152,16 @@ def memory(job: Job) -> dict[str, int]:
     visitors = max(sum(visiting[first : first + VISITORS]) for first in range(len(visiting) - VISITORS + 1))
     training = 4 * rows * job.map_bytes + rows * job.k * 8  # table, gradient, moments; rows of the graph
     parts = {
-        "search": visitors * job.map_bytes + rows * (job.k * LIST_BYTES + LIST_ROW_BYTES) + 4 * job.classes,
-        "sampler": job.classes * job.k * 8 if SAMPLER_GATHERS_GRAPH else 0,
-        # gradients of all probes: summed, then multiplied, both in fp32; in their own dtype; padded
-        "step": job.ranks * job.batch * job.dim * (4 + 4 + (job.itemsize if job.itemsize < 4 else 0) + job.itemsize),
+        "search": visitors * job.map_bytes + job.k * (rows * LIST_BYTES + max(visiting) * PART_LIST_BYTES),
+        # gradients of all probes: summed in fp32; in their own dtype; padded
+        "step": job.ranks * job.batch * job.dim * (4 + (job.itemsize if job.itemsize < 4 else 0) + job.itemsize),
     }
     return {"training": training, **parts, "peak": training + max(parts.values())}
+
+
+def sampler_bytes(job: Job, instances: int) -> int:
+    """What GraphSampler keeps of the graph on every rank: a neighbour for each class of a batch but the first."""
+    return job.classes * (job.batch // instances - 1) * SAMPLER_ITEMSIZE
 
 
 class Machine(NamedTuple):
@@ -156,8 +173,9 @@ class Machine(NamedTuple):
     latency: float
 
     def sending(self, messages: Iterable[Message], ranks: int) -> float:
-        """Seconds of messages, one after the other."""
-        return sum(self.latency + each.received(ranks) / self.network for each in messages) if ranks > 1 else 0.0
+        """Seconds of messages, one after the other. Empty ones are not sent."""
+        sent = [each for each in messages if each.nbytes and ranks > 1]
+        return sum(self.latency + each.received(ranks) / self.network for each in sent)
 
 
 def graph_seconds(job: Job, machine: Machine) -> float:

@@ -17,18 +17,21 @@ import random
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
-from .distributed import whole
+from . import sharded
+from .distributed import Agreement, local_rows, whole
 from .validation import check_count
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch.distributed.tensor import DTensor
 
 BLOCK = 1024  # batches that are drawn at a time
 STATE_VERSION = 1  # of a state; to be raised where the same seed gives other batches
@@ -68,7 +71,8 @@ class GraphSampler(Sampler[list[int]]):
         labels: int `[M]`, the class of every sample of the dataset; a tensor, a list or an array.
         neighbors: int `[N, K]`, the classes nearest to each class, nearest first; or a function without
             arguments that returns such a tensor, called once an epoch, before its first batch (for a graph that
-            is computed anew, such as `matcher.compute_class_neighbors`). One that is sharded is gathered whole.
+            is computed anew, such as `matcher.compute_class_neighbors`). Of one that is sharded over a mesh all ranks
+            gather what batches need, on the CPU.
         batch_size: samples in a batch of one rank, a multiple of `num_instances`.
         num_instances: samples of each class in a batch.
         seed: of the random order; every epoch of every seed has its own. The same on every rank.
@@ -86,6 +90,7 @@ class GraphSampler(Sampler[list[int]]):
             batch needs; neighbours of another shape, with K below the other classes of a batch, or with ids
             outside `[0, N)`; a rank that is not below `num_replicas`. What a function returns is checked when an epoch
             starts; an epoch that is refused is not counted.
+        RuntimeError: another rank of the mesh has such neighbours.
 
     Examples:
         >>> labels = [0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -281,7 +286,7 @@ class GraphSampler(Sampler[list[int]]):
         start = 0 if self._resumed is None else self._resumed.position
         count = max(0, -(-(len(self) * num_replicas - start) // num_replicas))
         if count:
-            neighbors = whole(self.neighbors() if callable(self.neighbors) else self.neighbors)
+            neighbors = self.neighbors() if callable(self.neighbors) else self.neighbors
             self._check_neighbors(neighbors)
         saved, self._resumed = self._resumed, None
         epoch, self.epoch = self.epoch, self.epoch + 1
@@ -295,13 +300,27 @@ class GraphSampler(Sampler[list[int]]):
                 "uninterrupted epoch: save the class graph with the sampler's state, and return it from `neighbors`",
                 stacklevel=2,
             )
-        order = self._draw_order(neighbors.detach().cpu(), epoch)
+        if _is_sharded(neighbors):
+            neighbors = sharded.table.gathered_on_cpu(neighbors, self._nearest_classes, self.classes_per_batch - 1)
+        order = self._draw_order(whole(neighbors.detach()).cpu(), epoch)
         for batch in itertools.islice(_every_nth(order, start + rank, num_replicas), count):
             progress.position += num_replicas
             self._progress = progress
             yield batch
         if self._progress is progress:
             self._progress = None
+
+    def _nearest_classes(self, neighbors: Tensor, first: int) -> Tensor:
+        """What batches take of `neighbors [n, K]` of the classes from `first` on: int64 `[n, L - 1]`.
+
+        These are the first that differ and have samples; after the last the class itself, which no batch takes twice.
+        """
+        anchors = torch.arange(first, first + len(neighbors), device="cpu").unsqueeze(1)
+        classes = torch.cat([anchors, neighbors.long()], dim=1)
+        slots = torch.searchsorted(self._classes, classes).clamp_(max=len(self._classes) - 1)
+        slots = torch.where(self._classes.take(slots) == classes, slots, -1)
+        nearest = _distinct(slots, self.classes_per_batch)[:, 1:]
+        return torch.where(nearest < 0, anchors, self._classes.take(nearest.clamp(min=0)))
 
     def _draw_order(self, neighbors: Tensor, epoch: int) -> Iterator[Tensor]:
         """Yield the batches of all ranks, without end, in blocks int64 `[batches, batch_size]`."""
@@ -345,6 +364,11 @@ class GraphSampler(Sampler[list[int]]):
     def _check_neighbors(self, neighbors: Tensor) -> None:
         if not isinstance(neighbors, Tensor):
             raise TypeError(f"neighbors: expected an integer tensor [N, K], got {type(neighbors).__name__}")
+        mesh = getattr(neighbors, "device_mesh", None)
+        with nullcontext() if mesh is None else Agreement(mesh, local_rows(neighbors).device):
+            self._check_ids_of_classes(neighbors)
+
+    def _check_ids_of_classes(self, neighbors: Tensor) -> None:
         _check_ids(neighbors, "neighbors")
         if neighbors.dim() != 2:
             raise ValueError(f"neighbors: expected shape [N, K], got {list(neighbors.shape)}")
@@ -357,7 +381,8 @@ class GraphSampler(Sampler[list[int]]):
         largest_label = int(self._classes[-1])
         if largest_label >= num_classes:
             raise ValueError(f"labels reach {largest_label}, but neighbors has {num_classes} classes (rows)")
-        low, high = (int(bound) for bound in neighbors.long().aminmax())
+        ids = local_rows(neighbors).long()
+        low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
         if low < 0 or high >= num_classes:
             raise ValueError(f"neighbors: expected class ids in [0, {num_classes}), got {low} to {high}")
 
@@ -415,15 +440,7 @@ class _ClassGroups:
         """The anchors' slots and those of their first `num_neighbors`, each once, nearest first; -1 after the last."""
         near = self.neighbors[:, :num_neighbors].index_select(0, self.classes[anchors])
         slots = torch.cat([anchors.unsqueeze(1), self.slot_of_class.take(near.long())], dim=1)
-        ordered, places = slots.sort(dim=1, stable=True)
-        is_first = torch.ones_like(slots, dtype=torch.bool)
-        is_first.scatter_(1, places[:, 1:], ordered[:, 1:] != ordered[:, :-1])
-        is_first &= slots >= 0
-        place = is_first.cumsum(1) - 1
-        row, column = (is_first & (place < self.classes_per_batch)).nonzero(as_tuple=True)
-        nearest = slots.new_full((len(slots), self.classes_per_batch), -1)
-        nearest[row, place[row, column]] = slots[row, column]
-        return nearest
+        return _distinct(slots, self.classes_per_batch)
 
     def _fill(self, slots: Tensor) -> Tensor:
         """Random slots in place of -1, all distinct."""
@@ -433,6 +450,19 @@ class _ClassGroups:
             others = torch.randint(len(self.classes), size, generator=self.generator, device="cpu")
             filled = list(dict.fromkeys([*filled, *others.tolist()]))  # keeps the order and drops what comes twice
         return torch.tensor(filled[: self.classes_per_batch], dtype=torch.int64, device="cpu")
+
+
+def _distinct(slots: Tensor, count: int) -> Tensor:
+    """The first `count` that differ and are not -1, of each row of `slots [R, n]`; -1 after the last: `[R, count]`."""
+    ordered, places = slots.sort(dim=1, stable=True)
+    is_first = torch.ones_like(slots, dtype=torch.bool)
+    is_first.scatter_(1, places[:, 1:], ordered[:, 1:] != ordered[:, :-1])
+    is_first &= slots >= 0
+    place = is_first.cumsum(1) - 1
+    row, column = (is_first & (place < count)).nonzero(as_tuple=True)
+    distinct = slots.new_full((len(slots), count), -1)
+    distinct[row, place[row, column]] = slots[row, column]
+    return distinct
 
 
 class _SampleWalk:
@@ -493,8 +523,19 @@ class _SampleWalk:
 
 def _graph_checksum(neighbors: Tensor) -> str:
     """A checksum of some rows of a graph, that tells it from another of the same classes."""
-    rows = neighbors[:: max(1, len(neighbors) // HASHED_ROWS)].long()
+    step = max(1, len(neighbors) // HASHED_ROWS)
+    if _is_sharded(neighbors):
+        places = torch.arange(0, len(neighbors), step, device=local_rows(neighbors).device)
+        rows = sharded.table.rows_at(neighbors, places)
+    else:
+        rows = whole(neighbors)[::step].long()
     return hashlib.sha256(array("q", [*neighbors.shape, *rows.flatten().tolist()])).hexdigest()[:16]
+
+
+def _is_sharded(neighbors: Tensor) -> TypeGuard[DTensor]:
+    """Whether the rows of a graph are dealt to the ranks of a mesh."""
+    placements: tuple[Any, ...] = getattr(neighbors, "placements", ())
+    return len(placements) == 1 and bool(placements[0].is_shard(0))
 
 
 def _check_ids(ids: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,7 +43,8 @@ def on_ranks(function: Callable[[int], Any], folder: Path, ranks: int = 2) -> li
 def _run(rank: int, function: Callable[[int], Any], folder: Path, ranks: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=ranks)
+    # Ranks that a mesh does not have wait for those that it has.
+    distributed.init_process_group("gloo", store, timedelta(seconds=SECONDS), rank=rank, world_size=ranks)
     _train_two_numbers(rank, ranks)
     (folder / f"{rank} trains").touch()
     torch.save(function(rank), folder / f"{rank}.pt")
@@ -57,3 +59,17 @@ def _train_two_numbers(rank: int, ranks: int) -> None:
     model = DistributedDataParallel(nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
     distributed.all_gather([torch.zeros(2) for _ in range(ranks)], torch.full((2,), float(rank)))
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """How much the resident memory of this process grows while it is called, in bytes."""
+
+    def read(name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = read("VmRSS")
+    call()
+    return read("VmHWM") - before

@@ -1,8 +1,14 @@
-"""What the tests of a sharded class table share: a matcher on a mesh, the same whole, and batches of every rank."""
+"""What the tests of a sharded class table share: a matcher on a mesh, the same whole, batches of every rank, checks.
+
+Each check runs on meshes of one to four of the ranks; all of them in one start of the processes.
+"""
 
 from __future__ import annotations
 
 import re
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ from qaconv_triton import QAConv
 
 DOCS = Path(__file__).parents[1] / "docs" / "many-devices.md"
 N, K, C, H, W = 9, 4, 6, 2, 2  # on four ranks 3, 3, 3 and none
+RANKS, SIZES_OF_MESHES = 4, (1, 2, 3, 4)
 SIZES = {0: (3, 1, 2, 2), 1: (0, 2, 1, 4), 2: (2, 2, 2, 2)}  # of the ranks' batches, by step modulo 3
 
 
@@ -67,3 +74,32 @@ def docs_code(*, with_lightning: bool = False) -> dict[str, Any]:
         if with_lightning or "lightning" not in block:
             exec(block, names)
     return names
+
+
+Check = Callable[[DeviceMesh], Any]
+Found = dict[tuple[int, str], Any]  # by size of the mesh and name of the check: the error's text, or what it returns
+
+
+@dataclass
+class OnMeshes:
+    """Runs checks on this rank, for `on_ranks`."""
+
+    checks: Sequence[Check]
+
+    def __call__(self, rank: int) -> Found:
+        found: Found = {}
+        for mesh in [DeviceMesh("cpu", list(range(RANKS - size, RANKS))) for size in SIZES_OF_MESHES]:
+            if mesh.get_coordinate() is None:
+                continue
+            for check in self.checks:
+                try:
+                    found[mesh.size(), check.__name__] = check(mesh)
+                except Exception:
+                    found[mesh.size(), check.__name__] = traceback.format_exc()
+        return found
+
+
+def assert_no_error(found: list[Found], name: str, size: int) -> None:
+    for rank, of_rank in enumerate(found[RANKS - size :]):
+        result = of_rank[size, name]
+        assert not isinstance(result, str), f"rank {rank} of {size}: {result}"

@@ -12,7 +12,9 @@ from qaconv_triton import functional, ops
 
 
 @pytest.mark.parametrize("thresholds", ["none", "kth", "above all"])
-@pytest.mark.parametrize(("left_rows", "right_rows", "k"), [(1, 3, 2), (70, 33, 5), (3, 140, 20), (130, 130, 9)])
+@pytest.mark.parametrize(
+    ("left_rows", "right_rows", "k"), [(1, 3, 2), (3, 2, 4), (70, 33, 5), (3, 140, 20), (130, 130, 9)]
+)
 def test_both_sides_with_ties(
     left_rows: int, right_rows: int, k: int, thresholds: str, backend: str, device: torch.device
 ) -> None:
@@ -44,6 +46,18 @@ def test_dtypes(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     values, ids = ops.mutual_topk(left, right, 7, bound)
     check(left, right, 7, False, values[:65], ids[:65] - 65)
     check(right, left, 7, False, values[65:], ids[65:])
+
+
+@pytest.mark.parametrize(("left_rows", "right_rows"), [(3, 3), (5, 2), (2, 5)])
+def test_fewer_rows_than_k_and_all_alike(left_rows: int, right_rows: int, backend: str, device: torch.device) -> None:
+    """All pairs are candidates, in tables that are shorter than a list."""
+    left, right = torch.zeros(left_rows, 4, device=device), torch.zeros(right_rows, 4, device=device)
+    bound = torch.full((left_rows + right_rows,), -torch.inf, device=device)
+    values, ids = ops.mutual_topk(left, right, 7, bound)
+    for rows, first, count in ((slice(0, left_rows), left_rows, right_rows), (slice(left_rows, None), 0, left_rows)):
+        assert values[rows, :count].tolist() == [[0.0] * count] * (len(values[rows]))
+        assert ids[rows, :count].tolist() == [list(range(first, first + count))] * len(values[rows])
+        assert (values[rows, count:] == -torch.inf).all()
 
 
 def test_blocks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

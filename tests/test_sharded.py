@@ -1,28 +1,28 @@
-"""A class table that is sharded over ranks, against the same table whole on one process that has all batches.
-
-Each check runs on meshes of one to four of the ranks; all of them in one start of the processes.
-"""
+"""A class table that is sharded over ranks, against the same table whole on one process that has all batches."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import os
-import traceback
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from ranks import on_ranks
 from sharded_cases import (
+    RANKS,
     SIZES,
+    SIZES_OF_MESHES,
     C,
+    Check,
+    Found,
     H,
     K,
     N,
+    OnMeshes,
     W,
+    assert_no_error,
     batch,
     gradients,
     loss_of,
@@ -32,7 +32,7 @@ from sharded_cases import (
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -48,7 +48,6 @@ from qaconv_triton import (
 from qaconv_triton.losses import batch_hard_hinge
 from qaconv_triton.scores import score_maps, update_running_statistics
 
-RANKS, SIZES_OF_MESHES = 4, (1, 2, 3, 4)
 CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
 
 
@@ -113,89 +112,6 @@ def check_start(mesh: DeviceMesh) -> dict[str, Tensor]:
     few = QAConv(C, H, W, 2, 1, mesh=mesh)  # shards of one row or none
     assert whole(few.compute_class_neighbors()).tolist() == [[1], [0]]
     return start
-
-
-# --- graph
-
-
-def check_graph(mesh: DeviceMesh) -> None:
-    """The ids of one process, ties included, with shards of several sizes; k beyond a shard's rows."""
-    for count, k, dtype in (
-        (41, 7, torch.bfloat16),
-        (9, 8, torch.float32),
-        (41, 7, torch.float32),
-        (41, 7, torch.float64),
-        (40, 3, torch.float32),
-    ):
-        generator = torch.Generator().manual_seed(count)
-        # Products of small integers are exact, and so are ties; all norms are equal.
-        values = torch.randint(0, 2, (count, 4, 2, 2), generator=generator).mul(2).sub(1).to(dtype)
-        matcher = QAConv(4, 2, 2, count, k, mesh=mesh, dtype=dtype)
-        matcher.load_state_dict(matcher.state_dict() | {"class_embed": values})
-        graph = matcher.compute_class_neighbors()
-        assert isinstance(graph, DTensor)
-        assert len(graph.to_local()) == len(matcher.class_embed.to_local())  # type: ignore[union-attr]
-        expected = functional.class_neighbors(values, k)
-        assert torch.equal(whole(graph), expected)
-        steps: list[int] = []
-        again = matcher.compute_class_neighbors(progress=lambda done, total, steps=steps: steps.append(done))
-        assert torch.equal(whole(again), expected)
-        assert steps == list(range(1, mesh.size() // 2 + 1))
-
-
-def check_products(mesh: DeviceMesh) -> None:
-    """Every unordered pair of classes of different shards is multiplied on one rank, once."""
-    from qaconv_triton import ops
-
-    matcher, pairs, mutual = QAConv(C, H, W, 23, K, mesh=mesh), [], ops.mutual_topk
-
-    def counted(left: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        pairs.append(len(left) * len(right))
-        return mutual(left, right, *rest)
-
-    ops.mutual_topk = counted  # type: ignore[assignment]
-    try:
-        matcher.compute_class_neighbors()
-    finally:
-        ops.mutual_topk = mutual
-    total = torch.tensor(sum(pairs))
-    distributed.all_reduce(total, group=mesh.get_group())
-    sizes = [len(part) for part in torch.arange(23).chunk(mesh.size())]
-    assert int(total) == (23**2 - sum(size**2 for size in sizes)) // 2
-
-
-def check_graph_lifetime(mesh: DeviceMesh) -> None:
-    """Assigned whole or sharded, dropped with the epoch, copied by clone, and no finite table: no graph."""
-    matcher = make_matcher(mesh, torch.float32)
-    graph = whole(matcher.compute_class_neighbors())
-    assert torch.equal(whole(matcher.clone().class_neighbors), graph)  # type: ignore[arg-type]
-    assert copy.deepcopy(matcher).class_neighbors is None
-    matcher.on_epoch_start()
-    assert matcher.class_neighbors is None
-    other = (graph + 1) % N
-    matcher.class_neighbors = other
-    features, labels, _ = batch(2, mesh.get_local_rank(), torch.float32)
-    assert torch.equal(matcher.class_scores(features, labels).classes, other[labels])
-    for placement in (Replicate(), Shard(1), Shard(0)):
-        matcher.class_neighbors = distribute_tensor(other, mesh, [placement])
-        assert torch.equal(matcher.class_scores(features, labels).classes, other[labels])
-    matcher.class_neighbors = matcher.class_neighbors
-    assert torch.equal(whole(matcher.class_neighbors), other)  # type: ignore[arg-type]
-    stranger = DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False)
-    with pytest.raises(ValueError, match="DTensor of the table's"):
-        matcher.class_neighbors = DTensor.from_local(other, stranger, [Replicate(), Replicate()], run_check=False)
-    with torch.no_grad():
-        table = matcher.class_embed.to_local()  # type: ignore[union-attr]
-        if mesh.get_local_rank() == 0:
-            table[0, 0] = torch.nan
-    expected = (
-        (ValueError, r"NaN or Inf in 1 of .* first: \[0\]")
-        if mesh.get_local_rank() == 0
-        else (RuntimeError, "rank 0 .* failed: ValueError")
-    )
-    with pytest.raises(expected[0], match=expected[1]):
-        matcher.compute_class_neighbors()
-    assert torch.equal(whole(matcher.class_neighbors), other)  # type: ignore[arg-type]
 
 
 # --- scores
@@ -543,10 +459,20 @@ def check_difference(mesh: DeviceMesh) -> None:
     assert maps.grad is not None
     if mesh.size() == 1:
         return
-    maps = features.bfloat16() if is_other else features
+    maps, loss = features.bfloat16() if is_other else features, TripletLoss(matcher)
     for call in (lambda: matcher.class_scores(maps, labels), lambda: matcher(maps)):
         with pytest.raises(
             RuntimeError, match=r"rank 0 has maps in torch.float32; .*rank \d has maps in torch.bfloat16"
+        ):
+            call()
+    for call in (
+        lambda: matcher.class_scores(features, labels),
+        lambda: matcher(features),
+        lambda: loss(features, labels),
+    ):
+        with (
+            torch.set_grad_enabled(not is_other),
+            pytest.raises(RuntimeError, match=r"rank 0 has .*gradients enabled.*rank \d has .*gradients disabled"),
         ):
             call()
     matcher.train(not is_other)
@@ -557,11 +483,8 @@ def check_difference(mesh: DeviceMesh) -> None:
         matcher.class_scores(features, labels)
 
 
-CHECKS: list[Callable[[DeviceMesh], Any]] = [
+CHECKS: list[Check] = [
     check_start,
-    check_graph,
-    check_products,
-    check_graph_lifetime,
     check_scores,
     check_all_pairs,
     check_features_without_gradient,
@@ -579,24 +502,9 @@ CHECKS: list[Callable[[DeviceMesh], Any]] = [
 ]
 
 
-def run_checks(rank: int) -> dict[tuple[int, str], Any]:
-    """What each check found on this rank, by size of the mesh: the error's text, or what it returns."""
-    found: dict[tuple[int, str], Any] = {}
-    meshes = [DeviceMesh("cpu", list(range(RANKS - size, RANKS))) for size in SIZES_OF_MESHES]
-    for mesh in meshes:
-        if mesh.get_coordinate() is None:
-            continue
-        for check in CHECKS:
-            try:
-                found[mesh.size(), check.__name__] = check(mesh)
-            except Exception:
-                found[mesh.size(), check.__name__] = traceback.format_exc()
-    return found
-
-
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[int, str], Any]]:
-    return on_ranks(run_checks, tmp_path_factory.mktemp("ranks"), RANKS)
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    return on_ranks(OnMeshes(CHECKS), tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 def test_gradients_of_repeated_rows_are_summed_in_fp32() -> None:
@@ -611,14 +519,12 @@ def test_gradients_of_repeated_rows_are_summed_in_fp32() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES_OF_MESHES)
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
-def test_sharded(found: list[dict[tuple[int, str], Any]], name: str, size: int) -> None:
-    of_ranks = [of_rank[size, name] for of_rank in found[RANKS - size :]]
-    for rank, result in enumerate(of_ranks):
-        assert not isinstance(result, str), f"rank {rank} of {size}: {result}"
+def test_sharded(found: list[Found], name: str, size: int) -> None:
+    assert_no_error(found, name, size)
 
 
 @pytest.mark.slow
-def test_initial_values_do_not_depend_on_the_number_of_ranks(found: list[dict[tuple[int, str], Any]]) -> None:
+def test_initial_values_do_not_depend_on_the_number_of_ranks(found: list[Found]) -> None:
     expected = found[-1][1, "check_start"]
     for size in SIZES_OF_MESHES:
         for of_rank in found[RANKS - size :]:

@@ -85,23 +85,27 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
         return _mutual_by_sorting(left, right, k)
     values = left.new_empty(split + len(right), k, dtype=torch.float32)
     ids = left.new_empty(values.shape, dtype=torch.int64)
-    table, rnorm = with_norms(torch.cat([left, right]))
-    search = _Search(table, table, rnorm, rnorm, k, thresholds, None, True, WORKSPACE_BYTES, split)
-    for rows, best in search.run(None):
-        values[rows], ids[rows] = unpack(best)
-        values[rows].masked_fill_(best == EMPTY, -torch.inf)
+    (left, rnorm_left), (right, rnorm_right) = with_norms(left), with_norms(right)
+    operands, bounds = (left, right, rnorm_left, rnorm_right), (thresholds[:split], thresholds[split:])
+    search = _Search(*operands, k, bounds[0], None, False, WORKSPACE_BYTES, bounds[1])
+    for found, first, other in ((search.run(None), 0, split), (search.best_of_columns(), split, 0)):
+        for rows, best in found:
+            here = slice(first + rows.start, first + rows.stop)
+            values[here], ids[here] = unpack(best)
+            values[here].masked_fill_(best == EMPTY, -torch.inf)
+            ids[here] += other
     return values, ids
 
 
 def _mutual_by_sorting(left: Tensor, right: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sort strips of the similarity, rows with the best so far of `left`, columns with those of `right`."""
     dtype, split = accumulation_dtype(left.dtype), len(left)
-    left, right = unit(left.to(dtype)), unit(right.to(dtype))
-    values = left.new_full((split + len(right), k), -torch.inf)
+    right = unit(right.to(dtype))
+    values = right.new_full((split + len(right), k), -torch.inf)
     ids = torch.full_like(values, -1, dtype=torch.int64)
     strip = max(2, WORKSPACE_BYTES // (32 * max(len(right), 1)))
     for start in range(0, split, strip):
-        similarity = left[start : start + strip] @ right.mT
+        similarity = unit(left[start : start + strip].to(dtype)) @ right.mT
         rows = slice(start, start + len(similarity))
         for part, block, first in ((rows, similarity, split), (slice(split, None), similarity.mT, start)):
             # those before have lower ids, and come first among equals
@@ -188,7 +192,7 @@ class _CandidateBuffers:
 class _Search:
     """One pass over all tiles. `own [P]`: the ids of the queries among the keys, to be left out.
 
-    With a `split` a self search compares the rows before it with those from it on only: two tables in one.
+    With `column_thresholds` the best queries of every key are found as well; in a self search these are one and all.
     """
 
     def __init__(
@@ -202,60 +206,67 @@ class _Search:
         own: Tensor | None,
         is_self_search: bool,
         workspace_bytes: int,
-        split: int | None = None,
+        column_thresholds: Tensor | None = None,
     ) -> None:
         # A normalised copy, if the workspace has it, where that is less to scale than half of the similarity.
-        self.unit = 16 * keys.numel() <= workspace_bytes and 8 * keys.shape[1] < len(keys)
+        copied = keys.numel() + (0 if is_self_search else queries.numel())
+        self.unit = 16 * copied <= workspace_bytes and 8 * keys.shape[1] < len(keys)
         if self.unit:
             keys = keys * rnorm_keys.unsqueeze(1)
             queries = keys if is_self_search else queries * rnorm_queries.unsqueeze(1)
         self.queries, self.keys, self.rnorm_queries, self.rnorm_keys = queries, keys, rnorm_queries, rnorm_keys
-        self.k, self.own, self.is_self_search, self.split = k, own, is_self_search, split
-        self.end = len(queries) if split is None else split  # of the rows
+        self.k, self.own, self.is_self_search = k, own, is_self_search
         self.thresholds = torch.full_like(rnorm_queries, -torch.inf) if thresholds is None else thresholds
+        self.column_thresholds = self.thresholds if is_self_search else column_thresholds
         # Padded to powers of two with -inf: positions are split by shifts, and no bounds checks are needed below.
         height, width = -(-len(queries) // GROUP) * GROUP, 1 << max(len(keys) - 1, 7).bit_length()
         shape = min(BLOCK_ROWS, height), min(BLOCK_COLUMNS, width)
         self.block = torch.full(shape, -torch.inf, dtype=torch.float32, device=CPU)
         self.scale = torch.empty_like(self.block)
         self.above = torch.empty_like(self.block, dtype=torch.bool)
-        capacity = min(len(keys), k + 64 + int(1.3 * expected_candidates(keys.shape[0], keys.shape[1], k)))
+        longest = len(keys) if self.column_thresholds is None else max(len(queries), len(keys))
+        capacity = min(max(longest, k), k + 64 + int(1.3 * expected_candidates(longest, keys.shape[1], k)))
         self.row_buffers = _CandidateBuffers(len(self.block), capacity)  # of the rows of a block
-        self.column_buffers = _CandidateBuffers(len(queries), capacity) if is_self_search else None  # of all columns
+        is_mutual = self.column_thresholds is not None
+        self.column_buffers = _CandidateBuffers(len(keys), capacity) if is_mutual else None  # of all columns
 
     def run(self, progress: Progress | None) -> Iterator[tuple[slice, Tensor]]:
         """Yield, for a range of queries after the other, their k best candidates in falling order."""
         count, (height, width) = len(self.keys), self.block.shape
-        starts = range(0, self.end, height)
-
-        def first_column(start: int) -> int:
-            return self.split if self.split is not None else start if self.is_self_search else 0
-
+        starts = range(0, len(self.queries), height)
+        first_column = (lambda start: start) if self.is_self_search else (lambda start: 0)
         done, total = 0, sum(-(-(count - first_column(start)) // width) for start in starts)
         for start in starts:
-            rows = slice(start, min(start + height, self.end))
+            rows = slice(start, min(start + height, len(self.queries)))
             self.row_buffers.counts.zero_()
             for first in range(first_column(start), count, width):
                 columns = slice(first, min(first + width, count))
                 self._multiply(rows, columns)
                 self._collect_rows(rows, columns)
-                if self.column_buffers is not None and columns.stop > rows.stop:
-                    self._collect_columns(rows, columns, slice(max(rows.stop, first), columns.stop))
+                others = slice(max(rows.stop, first) if self.is_self_search else first, columns.stop)
+                if others.start < others.stop:
+                    self._collect_columns(rows, columns, others)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            yield rows, self._best(rows)
-        for start in range(self.end, len(self.queries), height):  # they were columns only
-            rows = slice(start, min(start + height, len(self.queries)))
-            self.row_buffers.counts.zero_()
-            yield rows, self._best(rows)
+            found = [(self.row_buffers, slice(0, rows.stop - start))]
+            if self.is_self_search and self.column_buffers is not None:
+                found.append((self.column_buffers, rows))
+            yield rows, self._best(found)
+
+    def best_of_columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """Likewise for the keys, after `run`, of a search for both sides of two tables."""
+        assert self.column_buffers is not None
+        for start in range(0, len(self.keys), BLOCK_ROWS):
+            columns = slice(start, min(start + BLOCK_ROWS, len(self.keys)))
+            yield columns, self._best([(self.column_buffers, columns)])
 
     def _multiply(self, rows: slice, columns: slice) -> None:
         """Fill the block with the cosines of the queries `rows` and the keys `columns`."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
         is_symmetric = self.is_self_search and rows.start == columns.start
         for top in range(0, height, TILE):
-            skipped_rows, query_tile = _tile(rows, top, self.end)
+            skipped_rows, query_tile = _tile(rows, top, len(self.queries))
             left = self.queries[query_tile].float()
             for start in range(0, width, TILE):
                 skipped_columns, key_tile = _tile(columns, start, len(self.keys))
@@ -278,11 +289,10 @@ class _Search:
             row = ((column >= 0) & (column < width)).nonzero().flatten()
             self.block[row, column[row]] = -torch.inf
 
-    def _thresholds_of(
-        self, buffers: _CandidateBuffers, rows: slice, queries: slice, width: int
+    def _compared(
+        self, buffers: _CandidateBuffers, rows: slice, thresholds: Tensor, width: int
     ) -> tuple[Tensor, Tensor]:
         """Thresholds of some rows, and which are not compared at all: without a threshold and about to be full."""
-        thresholds = self.thresholds[queries]
         is_skipped = (thresholds == -torch.inf) & (buffers.counts[rows] + width > buffers.capacity)
         return thresholds.masked_fill(is_skipped, torch.inf), is_skipped
 
@@ -290,7 +300,7 @@ class _Search:
         """Append what exceeds the thresholds of the block's rows to the buffers of these."""
         height, width = self.block.shape
         span = slice(0, rows.stop - rows.start)
-        thresholds, full = self._thresholds_of(self.row_buffers, span, rows, columns.stop - columns.start)
+        thresholds, full = self._compared(self.row_buffers, span, self.thresholds[rows], columns.stop - columns.start)
         thresholds = torch.nn.functional.pad(thresholds, (0, height - len(thresholds)))
         torch.le(self.block, thresholds.unsqueeze(1), out=self.above)
         self.above.logical_not_()  # NaN is above all
@@ -302,14 +312,16 @@ class _Search:
             self.block.take(positions),
             (positions & (width - 1)) + columns.start,
         )
-        self._append(self.row_buffers, span, rows, found, full, self.block, columns.start)
+        self._append(self.row_buffers, span, self.thresholds[rows], found, full, self.block, columns.start)
 
     def _collect_columns(self, rows: slice, columns: slice, some: slice) -> None:
         """Append what exceeds the thresholds of `some` of the block's `columns` to the buffers of these."""
-        assert self.column_buffers is not None
+        if self.column_buffers is None or self.column_thresholds is None:
+            return
         height, width = self.block.shape
         groups, start = height // GROUP, some.start - columns.start
-        thresholds, full = self._thresholds_of(self.column_buffers, some, some, rows.stop - rows.start)
+        bounds = self.column_thresholds[some]
+        thresholds, full = self._compared(self.column_buffers, some, bounds, rows.stop - rows.start)
         in_block = slice(start, some.stop - columns.start)
         maxima = self.block.view(groups, GROUP, width).amax(1).mT[in_block].contiguous()
         above = torch.le(maxima, thresholds.unsqueeze(1)).logical_not_().view(-1).nonzero().squeeze(1)
@@ -324,13 +336,13 @@ class _Search:
             values.take(above),
             (positions.take(above) >> (width.bit_length() - 1)) + rows.start,
         )
-        self._append(self.column_buffers, some, some, found, full, self.block[:, in_block].mT, rows.start)
+        self._append(self.column_buffers, some, bounds, found, full, self.block[:, in_block].mT, rows.start)
 
     def _append(
         self,
         buffers: _CandidateBuffers,
         rows: slice,
-        queries: slice,
+        thresholds: Tensor,
         found: tuple[Tensor, Tensor, Tensor],
         full: Tensor,
         similarity: Tensor,
@@ -338,7 +350,8 @@ class _Search:
     ) -> None:
         """Append what was `found` (row, similarity, id; sorted by row) to the `rows` of the buffers.
 
-        Rows that are `full`, or will be, are compacted to the k best of them and of `similarity [rows, m]`, dense.
+        Rows that are `full`, or will be, are compacted to the k best of them and of `similarity [rows, m]`, dense, and
+        their `thresholds` are raised.
         """
         to, values, ids = found
         counts = torch.bincount(to, minlength=len(full))
@@ -358,16 +371,17 @@ class _Search:
             buffers.replace(rows.start + part, best)
             last = best.amin(1)
             threshold = torch.where(last == EMPTY, -torch.inf, unpack(last)[0])
-            self.thresholds[queries.start + part] = torch.maximum(self.thresholds[queries.start + part], threshold)
+            thresholds[part] = torch.maximum(thresholds[part], threshold)
 
-    def _best(self, rows: slice) -> Tensor:
-        """The k best candidates of the queries `rows`, whose buffers are complete."""
-        parts = []
-        for start in range(rows.start, rows.stop, COMPACT_ROWS):
-            part = slice(start, min(start + COMPACT_ROWS, rows.stop))
-            candidates = self.row_buffers.packed(slice(part.start - rows.start, part.stop - rows.start))
-            if self.column_buffers is not None:
-                candidates = torch.cat([self.column_buffers.packed(part), candidates], dim=1)
+    def _best(self, buffers: list[tuple[_CandidateBuffers, slice]]) -> Tensor:
+        """The k best candidates of some rows, which are complete in one or two buffers together."""
+        parts, (_, rows) = [], buffers[0]
+        for start in range(0, rows.stop - rows.start, COMPACT_ROWS):
+            found = [
+                buffer.packed(slice(rows.start + start, min(rows.start + start + COMPACT_ROWS, rows.stop)))
+                for buffer, rows in buffers
+            ]
+            candidates = torch.cat(found, dim=1)
             if candidates.shape[1] < self.k:
                 candidates = torch.nn.functional.pad(candidates, (0, self.k - candidates.shape[1]), value=EMPTY)
             parts.append(candidates.topk(self.k, dim=1).values)

@@ -1,9 +1,13 @@
 """The class graph of a sharded table by a half ring: exact, every unordered pair of shards multiplied once.
 
-A shard is searched in itself first. Then, in step t = 1 .. W/2, rank r has the shard of rank r + t as a visitor, and
-one product finds candidates for both: its own are kept, the visitor's go home, where they are merged. With an even W
-the last step's pairs meet on both of their ranks: each multiplies one half. The next visitor travels while the product
-runs. Candidates of a class all differ, so the k best are one set, in whatever order they come.
+A shard is searched in itself first. Then, at distance t = 1 .. W/2, rank r has the shard of rank r + t as a visitor,
+and one product finds candidates for both: its own are kept, the visitor's go home, where they are merged. With an even
+W the pairs at the last distance meet on both of their ranks: each multiplies one half. Candidates of a class all
+differ, so the k best are one set, in whatever order they come.
+
+A visitor comes in parts of bounded size, each of which is a step: its rows travel while the product of the step before
+runs, the k-th best similarities of its rows so far, which spare candidates, when its own step begins. All ranks take as
+many steps, some of them with no rows.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from ..distributed import Agreement
 from ..progress import Progress, progress_of_search, progress_reported_to
 from ..validation import check_finite_rows
 from .table import chunk_rows, rows_of, sharded
+
+PART_BYTES = 2**30  # of a visitor's rows; a rank holds two parts at a time
 
 
 class Candidates(NamedTuple):
@@ -79,20 +85,21 @@ class _HalfRing:
         self.shard, self.k, self.mesh = shard.contiguous(), k, mesh
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
         self.rows = [rows_of(num_classes, mesh, rank) for rank in range(self.ranks)]
-        self.chunk = chunk_rows(num_classes, mesh)
+        self.part_rows = max(1, PART_BYTES // (self.shard.shape[1] * self.shard.element_size()))
+        self.parts = -(-chunk_rows(num_classes, mesh) // self.part_rows)
 
     def search(self, progress: bool | Progress) -> Candidates:
-        steps = [self._step(distance) for distance in range(1, self.ranks // 2 + 1)]
+        distances, parts = range(1, self.ranks // 2 + 1), range(self.parts)
+        steps = [self._step(distance, part) for distance in distances for part in parts]
         visit = self._start_visit(steps[0]) if steps else None
         best = self._search_own()
-        thresholds = self._thresholds_of_all(best)
         with progress_reported_to(progress if callable(progress) else progress and self.rank == 0):
             report = progress_of_search.get()
             for done, step in enumerate(steps):
                 assert visit is not None
-                visitors = visit()
+                visitors, thresholds = visit(), self._thresholds(step, best)
                 visit = self._start_visit(steps[done + 1]) if done + 1 < len(steps) else None
-                own, theirs = self._meet(step, visitors, best, thresholds[step.visitor])
+                own, theirs = self._meet(step, visitors, best, thresholds)
                 for rows, more in ((step.own, own), (step.sent, self._returned(step, theirs))):
                     merged = Candidates(*(values[rows] for values in best)).merged(more)
                     for values, new in zip(best, merged, strict=True):
@@ -104,18 +111,21 @@ class _HalfRing:
     def _size(self, rank: int) -> int:
         return len(range(self.rows[rank].start, self.rows[rank].stop))
 
-    def _step(self, distance: int) -> Step:
-        """The step in which this rank has the shard at this distance as its visitor."""
+    def _step(self, distance: int, part: int) -> Step:
+        """The step in which this rank has a part of the shard at this distance as its visitor."""
         rank = self.rank
         visitor, host = (rank + distance) % self.ranks, (rank - distance) % self.ranks
-        everything = slice(0, self._size(rank))
-        if 2 * distance < self.ranks:
-            return Step(visitor, slice(0, self._size(visitor)), everything, host, everything)
-        # Both ranks have each other. The lower one takes the first half of the higher one's rows, the higher the rest.
-        half = -(-self._size(max(rank, visitor)) // 2)
-        if rank < visitor:
-            return Step(visitor, slice(0, half), everything, host, everything)
-        return Step(visitor, slice(0, self._size(visitor)), slice(half, self._size(rank)), host, slice(0, half))
+        visiting, own, sent = self._size(visitor), slice(0, self._size(rank)), self._size(rank)
+        if 2 * distance == self.ranks:
+            # Both ranks have each other. The lower takes the first half of the higher one's rows, the higher the rest.
+            half = -(-self._size(max(rank, visitor)) // 2)
+            if rank < visitor:
+                visiting = half
+            else:
+                own, sent = slice(half, own.stop), half
+        first, last = part * self.part_rows, (part + 1) * self.part_rows
+        its, sent_rows = (slice(min(first, count), min(last, count)) for count in (visiting, sent))
+        return Step(visitor, its, own, host, sent_rows)
 
     def _search_own(self) -> Candidates:
         count, dtype = len(self.shard), accumulation_dtype(self.shard.dtype)
@@ -130,16 +140,15 @@ class _HalfRing:
             best.ids[:, :among] = ids + self.rows[self.rank].start
         return best
 
-    def _thresholds_of_all(self, best: Candidates) -> list[Tensor]:
-        """The k-th best similarity within its own shard, of every class: a bound of what others need to return."""
-        own = best.similarities.new_full((self.chunk,), -torch.inf)
-        own[: len(self.shard)] = best.similarities[:, -1]
-        found = [torch.empty_like(own) for _ in range(self.ranks)]
-        distributed.all_gather(found, own, self.mesh.get_group())
-        return [of_rank[: self._size(rank)] for rank, of_rank in enumerate(found)]
+    def _thresholds(self, step: Step, best: Candidates) -> Tensor:
+        """The k-th best similarities so far of the visitor's rows `[m]`: a bound of what needs to be returned."""
+        kth_best = best.similarities[:, -1]
+        thresholds = kth_best.new_empty(step.visiting.stop - step.visiting.start)
+        self._exchange([(kth_best[step.sent].contiguous(), step.host)], [(thresholds, step.visitor)])()
+        return thresholds
 
     def _start_visit(self, step: Step) -> Callable[[], Tensor]:
-        """Begin to fetch the visitor's rows `[m, D]`; the function that is returned waits for them."""
+        """Begin to fetch rows of the visitor `[m, D]`; the function that is returned waits for them."""
         rows = self.shard.new_empty(step.visiting.stop - step.visiting.start, self.shard.shape[1])
         wait = self._exchange([(self.shard[step.sent], step.host)], [(rows, step.visitor)])
 
@@ -158,7 +167,7 @@ class _HalfRing:
         similarities = best.similarities.new_full(shape, -torch.inf)
         ids = best.ids.new_full(shape, -1)
         if split and len(visitors):
-            bounds = torch.cat([best.similarities[step.own, -1], thresholds[step.visiting]])
+            bounds = torch.cat([best.similarities[step.own, -1], thresholds])
             found, places = ops.mutual_topk(own, visitors, self.k, bounds)
             similarities.copy_(found)
             offset = places.new_full((shape[0], 1), self.rows[self.rank].start + step.own.start)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -23,7 +23,7 @@ from ..common.dtypes import accumulation_dtype
 from ..distributed import Agreement
 from ..scores import BatchStatistics, ClassScores, Head, score_maps, uses_batch
 from ..validation import check_labels
-from .table import chunk_rows, rows_of
+from .table import chunk_rows, rows_at, rows_of
 
 if TYPE_CHECKING:
     from ..matcher import QAConv
@@ -107,8 +107,9 @@ class _Repeated(torch.autograd.Function):
         wide = grad.to(accumulation_dtype(grad.dtype)).contiguous()
         if ctx.counts is not None:
             wide = torch.segment_reduce(wide, "sum", lengths=ctx.counts, unsafe=True)
+        wide = wide.mul(ctx.factor) if wide is grad else wide.mul_(ctx.factor)
         total = grad.new_zeros(ctx.num_rows, *grad.shape[1:])
-        return total.index_copy_(0, ctx.places, (wide * ctx.factor).to(grad.dtype)), None, None, None
+        return total.index_copy_(0, ctx.places, wide.to(grad.dtype)), None, None, None
 
 
 class _LocalPairs(NamedTuple):
@@ -150,7 +151,7 @@ def score_neighbors(
     assert isinstance(neighbors, DTensor)
     with torch.no_grad():
         targets = batches.gathered(labels)
-        index = _looked_up(neighbors, targets)
+        index = rows_at(neighbors, targets)
         if matcher.include_self:
             own_class = torch.where((targets >= 0) & (targets < num_classes), targets, -1)
             index = torch.cat([index, own_class.unsqueeze(1)], dim=1)
@@ -184,19 +185,21 @@ def _agree_on_batch(agreement: Agreement, matcher: QAConv, maps: Tensor, visibil
     agreement.size, agreement.dtype = len(maps), functional.correlation_dtype(maps)
     agreement.needs_grad = maps.requires_grad or (visibility is not None and visibility.requires_grad)
     settings = f"k_nearest={matcher.k_nearest}, include_self={matcher.include_self}"
-    agreement.settings = f"{_statistics(matcher)}, {settings}"
+    agreement.settings = f"{_mode(matcher)}, {settings}"
 
 
 def agree_on_pairs(agreement: Agreement, matcher: QAConv, maps: Tensor) -> None:
     """Likewise for pairs of maps, which stay on their rank: what norms sum over the ranks is to be of one dtype."""
     agreement.size, agreement.dtype = 1, accumulation_dtype(functional.correlation_dtype(maps))
-    agreement.settings = _statistics(matcher)
+    agreement.settings = _mode(matcher)
 
 
-def _statistics(matcher: QAConv) -> str:
+def _mode(matcher: QAConv) -> str:
+    """What decides where the ranks meet: statistics in the forward pass, and whether there is a backward pass."""
     norms = {"bn": matcher.bn, "logit_bn": matcher.logit_bn}
     used = {name: "batch" if uses_batch(norm, evaluate=False) else "running" for name, norm in norms.items()}
-    return " and ".join(f"{kind} statistics in {name}" for name, kind in used.items())
+    statistics = " and ".join(f"{kind} statistics in {name}" for name, kind in used.items())
+    return f"{statistics}, gradients {'enabled' if torch.is_grad_enabled() else 'disabled'}"
 
 
 def _own_shard(table: DTensor) -> Tensor:
@@ -217,18 +220,6 @@ def _gathered_probes(
     if batches.needs_grad and torch.is_grad_enabled() and not prepared.requires_grad:
         prepared = prepared.detach().requires_grad_()
     return batches.gathered(prepared.permute(0, 2, 3, 1), counts).permute(0, 3, 1, 2)
-
-
-def _looked_up(neighbors: DTensor, targets: Tensor) -> Tensor:
-    """The rows of the graph of all `targets [P]`, int64 `[P, K]`; -1 for a target that is not a class."""
-    mesh, local = neighbors.device_mesh, neighbors.to_local()
-    rows = rows_of(neighbors.shape[0], mesh)
-    found = targets.new_full((len(targets), neighbors.shape[1]), -1)
-    if len(local):
-        is_own = (targets >= rows.start) & (targets < rows.stop)
-        found = torch.where(is_own.unsqueeze(1), local[torch.where(is_own, targets - rows.start, 0)], found)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX, mesh.get_group())
-    return found
 
 
 def _local_pairs(index: Tensor, targets: Tensor, num_classes: int, mesh: DeviceMesh) -> _LocalPairs:

@@ -5,14 +5,17 @@ Rows are dealt as `torch.chunk` deals them, the rule of DTensor: ceil(N / W) to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
 
 BLOCK = 256  # classes whose initial values are drawn together, from one seed
+GATHERED_BYTES = 2**26  # of a piece that is gathered from all ranks, and of what is made of it
 
 
 def check_mesh(mesh: object, num_classes: int | None, sparse_grad: bool, device: torch.device | str | None) -> None:
@@ -51,6 +54,46 @@ def rows_of(num_rows: int, mesh: DeviceMesh, rank: int | None = None) -> slice:
 def chunk_rows(num_rows: int, mesh: DeviceMesh) -> int:
     """The rows of the first rank; no other has more."""
     return -(-num_rows // mesh.size())
+
+
+def rows_at(ids: DTensor, places: Tensor) -> Tensor:
+    """The rows of sharded `ids [N, K]` at `places [P]`, int64 `[P, K]`; -1 for a place outside. Ranks call together."""
+    mesh, local = ids.device_mesh, ids.to_local()
+    rows = rows_of(ids.shape[0], mesh)
+    found = places.new_full((len(places), ids.shape[1]), -1)
+    if len(local):
+        is_own = (places >= rows.start) & (places < rows.stop)
+        found = torch.where(is_own.unsqueeze(1), local[torch.where(is_own, places - rows.start, 0)], found)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX, mesh.get_group())
+    return found
+
+
+def gathered_on_cpu(ids: DTensor, select: Callable[[Tensor, int], Tensor], width: int) -> Tensor:
+    """What `select` takes of all rows of sharded `ids [N, K]`, ids below N as well: `[N, width]`, int32 if they fit.
+
+    Ranks call together. They select and gather in pieces: beyond the result little is held, on any device.
+
+    Args:
+        ids: int `[N, K]`.
+        select: given some rows `[n, K]`, on the CPU, and the number of the first, returns `[n, width]`.
+        width: of what it returns.
+    """
+    mesh, local, count = ids.device_mesh, ids.to_local(), ids.shape[0]
+    dtype = torch.int32 if count <= 2**31 else torch.int64
+    row_bytes = dtype.itemsize * width * mesh.size() + 8 * 8 * ids.shape[1]  # some eight int64 tensors, to select
+    step = max(1, min(GATHERED_BYTES // row_bytes, chunk_rows(count, mesh)))
+    gathered = torch.empty(count, width, dtype=dtype, device="cpu")
+    for start in range(0, chunk_rows(count, mesh), step):
+        some = local[start : start + step].cpu()
+        selected = select(some, rows_of(count, mesh).start + start).to(local.device, dtype)
+        selected = F.pad(selected, (0, 0, 0, step - len(selected)))
+        pieces = [torch.empty_like(selected) for _ in range(mesh.size())]
+        distributed.all_gather(pieces, selected, mesh.get_group())
+        for rank, piece in enumerate(pieces):
+            rows = rows_of(count, mesh, rank)
+            first, last = (min(rows.start + each, rows.stop) for each in (start, start + step))
+            gathered[first:last] = piece[: last - first]
+    return gathered
 
 
 def sharded(local: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
