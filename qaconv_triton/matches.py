@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,3 +114,17 @@ def strongest_matches(
     order = order[:count]
     parts = pairs // size, pairs % size, contribution, similarity, of_probe, of_gallery
     return Matches(*(part[order] for part in parts))
+
+
+def score_decimals(scores: Sequence[float]) -> int:
+    """How many decimals tell scores apart: three digits of the difference between the largest and the smallest.
+
+    NaN and infinite scores do not count; at least 2 and at most 6, about as many as fp32 has.
+
+    Examples:
+        >>> score_decimals([0.7031, 0.7028, 0.6992]), score_decimals([12.5, -3.0])
+        (5, 2)
+    """
+    finite = [score for score in scores if math.isfinite(score)]
+    spread = max(finite, default=0.0) - min(finite, default=0.0)
+    return 2 if spread <= 0 else min(6, max(2, 2 - math.floor(math.log10(spread))))

@@ -56,6 +56,7 @@ def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [sorted(found) for found in names["accuracies"]] == [["mean_average_precision", "precision_at_1"]] * 2
     assert Path("matches.png").read_bytes().startswith(b"\x89PNG")
     assert names["metrics"].num_queries == 8
+    assert 0 not in names["items"]  # the query itself, of its own camera
     assert "<title>Before training</title>" in Path("report.html").read_text(encoding="utf-8")
 
 
@@ -66,6 +67,9 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["merged_indices"].shape == (20, 100)
     assert names["indices"].shape == names["scores"].shape == (20, 100)
     assert 0 <= names["verification"].accuracy <= 1
+    assert 0 < names["verification"].eer < 1
+    assert 0 <= names["verification"].tar_at_far[1e-3] <= 1
+    assert names["neighbors"][0].shape == (220, 50)
 
 
 def test_code_for_those_who_come_from_qaconv() -> None:

@@ -223,10 +223,13 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(TypeError, match="matcher: expected a QAConv, got Linear"):
         QAConvDistance(torch.nn.Linear(2, 2))
     distance = QAConvDistance(make_matcher(torch.float64))
-    with pytest.raises(ValueError, match=r"query_emb: expected feature maps \[B, 5, 2, 3\], got shape \[4, 35\]"):
+    with pytest.raises(ValueError, match=r"\[B, C\*H\*W\], here \[B, 5, 2, 3\] or \[B, 30\], got shape \[4, 35\]"):
         distance(torch.randn(4, 35, device=DEVICE))
     with pytest.raises(ValueError, match=r"ref_emb: expected .*, got shape \[4, 5, 3, 2\]"):
         distance(maps(4, 1, shape=(C, H, W)), maps(4, 1, shape=(C, W, H)))
+    references = maps(5, 1, shape=(C, H, W))
+    with pytest.raises(ValueError, match=r"prefilter: expected at least 5, got 2: .*AccuracyCalculator without k"):
+        QAConvKNN(make_matcher(), prefilter=2)(references, 4, references, ref_includes_query=True)
     with pytest.raises(TypeError, match="query_emb"):
         distance(maps(4, 1, shape=(C, H, W)).int())
     with pytest.raises(ValueError, match="as many references as queries, got 5 and 4"):

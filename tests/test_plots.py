@@ -102,6 +102,8 @@ def test_lines_are_the_matches() -> None:
     (axes,) = figure.axes
     score = matcher.match_pairs(probe[None], gallery[None]).item()
     assert axes.get_title() == f"score {score:.2f}"
+    meanings = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert meanings == ["each is the other's best match", "best match of the end with the dot"]
     left, right = (image.get_extent() for image in axes.images)
     assert (left[1] - left[0]) / (left[2] - left[3]) == pytest.approx(20 / 40)
     assert (right[1] - right[0]) / (right[2] - right[3]) == pytest.approx(50 / 30)
@@ -131,6 +133,23 @@ def test_lines_are_the_matches() -> None:
         assert drawn[line] == (is_mutual, pytest.approx(share))
     dots = sum(len(each.get_offsets()) for each in axes.collections if isinstance(each, PathCollection))
     assert dots == sum(1 + is_mutual for is_mutual, _ in drawn.values())
+
+
+def test_a_legend_explains_what_is_drawn_and_stands_inside_the_figure() -> None:
+    matcher, probe, _ = pair(torch.float32)
+    (axes,) = plots.plot_matches(matcher, probe, probe, TALL, TALL).axes  # each location matches itself
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["each is the other's best match"]
+    nothing = torch.zeros(H, W, dtype=torch.bool, device=DEVICE)
+    assert plots.plot_matches(matcher, probe, probe, TALL, TALL, where=nothing).axes[0].get_legend() is None
+    for picture, layout in ((TALL, None), (WIDE, None), (TALL, "constrained"), (TALL, "tight")):
+        figure = Figure(figsize=(9, 4), layout=layout)
+        axes = figure.subplots(1, 2)[0]
+        plots.plot_matches(*pair(torch.float32), picture, picture, axes=axes)
+        figure.draw_without_rendering()
+        box = axes.get_legend().get_window_extent()
+        assert box.y0 >= 0, layout
+        lowest = min(image.get_window_extent().y0 for image in axes.images)
+        assert box.y1 <= lowest + 2, layout
 
 
 def test_occluded_locations_are_shaded_and_have_no_lines() -> None:
@@ -168,8 +187,19 @@ def test_neighbors_stand_beside_their_class() -> None:
     assert shown == [3, 2, 4, 1, 0, 4]
     extents = [image.get_extent() for image in figure.axes[0].images]
     assert [extent[0] for extent in extents[:3]] == sorted({extent[0] for extent in extents})
-    assert texts(figure) == ["d", "c", "0.39", "e", "0.33", "b", "a", "0.73", "e", "0.67"]
+    assert texts(figure) == ["d", "c", "0.386", "e", "0.329", "b", "a", "0.729", "e", "0.671"]
     assert texts(plots.plot_neighbors(neighbors, classes=[4])) == ["4", "3", "1", "2"]
+
+
+def test_wide_names_lose_their_middle() -> None:
+    neighbors, names = torch.tensor([[1], [0]]), ["0002_c1s1_000451_03", "WWWWWWWWWWWWWW"]
+    for axes in (None, Figure(figsize=(3, 3)).subplots()):
+        for shown, name in zip(texts(plots.plot_neighbors(neighbors, names=names, axes=axes))[:2], names, strict=True):
+            start, end = shown.split("…")
+            assert name.startswith(start)
+            assert name.endswith(end)
+            assert len(start) - len(end) in (0, 1)
+    assert texts(plots.plot_neighbors(neighbors, names=["person 12", "Bob"]))[:2] == ["person 12", "Bob"]
 
 
 def test_right_and_wrong_differ_without_colours() -> None:
@@ -183,6 +213,15 @@ def test_right_and_wrong_differ_without_colours() -> None:
     assert axes.get_title() == "query 7"
 
 
+def test_a_row_of_a_ranking_has_ten_pictures_and_scores_that_differ() -> None:
+    scores = torch.linspace(0.7031, 0.7004, 25)
+    figure = plots.plot_ranking(TALL, [TALL] * 25, [True] * 25, scores=scores)
+    corners = [(image.get_extent()[0], image.get_extent()[3]) for image in figure.axes[0].images[1:]]
+    assert [len({y for x, y in corners if x == left}) for left in sorted({x for x, _ in corners})] == [3] * 5 + [2] * 5
+    assert corners == sorted(corners, key=lambda corner: (corner[1], corner[0]))
+    assert len({text for text in texts(figure) if text.startswith("0.70")}) == 25
+
+
 def test_curves_differ_without_colours() -> None:
     curves = {name: torch.linspace(start, 1.0, 30) for name, start in (("a", 0.5), ("b", 0.25), ("c", 0.1))}
     (axes,) = plots.plot_cmc(curves, ranks=10).axes
@@ -190,8 +229,17 @@ def test_curves_differ_without_colours() -> None:
         assert line.get_xdata().tolist() == list(range(1, 11))
         assert_close(torch.as_tensor(line.get_ydata()), curve[:10], torch.float32)
     assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 3
+    many = plots.plot_cmc({str(i): curves["a"] for i in range(12)}).axes[0].lines
+    assert len({(line.get_linestyle(), line.get_marker()) for line in many}) == 12
+    assert len({(line.get_linestyle(), line.get_color()) for line in many}) == 12
     assert axes.get_legend().get_texts()[0].get_text() == "a, rank-1 0.500"
     assert plots.plot_cmc(curves["a"]).axes[0].get_legend() is None
+    assert plots.plot_cmc(curves["a"]).axes[0].get_title() == "CMC, rank-1 0.500"
+    for ranks, ticks in ((1, [1]), (3, [1, 2, 3]), (20, [1, 5, 10, 15, 20]), (50, [1, 10, 20, 30, 40, 50])):
+        axes = plots.plot_cmc(torch.linspace(0.5, 1.0, 50), ranks=ranks).axes[0]
+        assert axes.get_xticks().tolist() == ticks
+        assert 0 < axes.get_xlim()[0] < 1
+        assert ranks < axes.get_xlim()[1] < 1.1 * ranks + 1
     metrics = ReIDMetrics(0.5, 0.25, curves["a"], 4)
     for given in (metrics, {"a": metrics}):
         (line,) = plots.plot_cmc(given).axes[0].lines
@@ -211,8 +259,20 @@ def figures() -> dict[str, Figure]:
         "tall ranking": plots.plot_ranking(tall[0], tall[1:], right, scores=scores),
         "neighbors": plots.plot_neighbors(neighbors, square, similarities=similar, names=["U+1234"] * 3),
         "names": plots.plot_neighbors(neighbors, similarities=similar, names=["person 12"] * 3),
+        "long names": plots.plot_neighbors(neighbors, similarities=similar, names=["WWWWWWWWWWWWWWWWW W"] * 3),
+        "names of files": plots.plot_neighbors(neighbors, tall, names=["0002_c1s1_000451_03"] * 3),
+        "long title": plots.plot_ranking(tall[0], tall[1:3], right[:2], title="query 0002_c1s1_000451_03.jpg " * 3),
+        "rows": plots.plot_ranking(tall[0], [*tall[1:], *tall[1:], *tall[:3]], [True] * 23, scores=torch.rand(23)),
         "cmc": plots.plot_cmc({"QAConv": torch.rand(20), "cosine": torch.rand(20)}),
+        "curves": plots.plot_cmc({f"QAConv {i}": torch.rand(20) for i in range(6)}),
+        "long curves": plots.plot_cmc({f"QAConv, {i} " + "of the nearest " * 6: torch.rand(20) for i in range(2)}),
     }
+
+
+def test_a_legend_covers_no_curve() -> None:
+    (axes,) = plots.plot_cmc({str(i): torch.linspace(i / 10, 0.5 + i / 12, 50) for i in range(6)}, ranks=50).axes
+    axes.figure.draw_without_rendering()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_labels_are_inside_and_do_not_overlap() -> None:
@@ -238,7 +298,7 @@ def test_nothing_is_shown_or_kept_by_pyplot(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(pyplot, "show", lambda *_, **__: pytest.fail("a window opens"))
     before, backend = pyplot.get_fignums(), matplotlib.get_backend(auto_select=False)
-    assert len(figures()) == 7
+    assert len(figures()) == 13
     assert pyplot.get_fignums() == before
     assert matplotlib.get_backend(auto_select=False) == backend
 
@@ -252,6 +312,7 @@ def test_nothing_is_shown_or_kept_by_pyplot(monkeypatch: pytest.MonkeyPatch) -> 
         (torch.rand(2, 8, 8), ValueError, r"query: .*got shape \[2, 8, 8\]"),
         (torch.rand(1, 3, 8, 8), ValueError, r"got shape \[1, 3, 8, 8\]"),
         (np.zeros((8, 8), complex), TypeError, "got dtype complex128"),
+        ("a.jpg", TypeError, r"query: expected a picture, as PIL\.Image\.open\(path\) returns it, got str"),
     ],
 )
 def test_images_of_another_kind_are_refused(image: Any, error: type[Exception], message: str) -> None:
@@ -298,6 +359,11 @@ def test_bad_input_is_refused() -> None:
         plots.plot_neighbors(torch.arange(4))
     with pytest.raises(IndexError, match=r"classes: expected values in \[0, 2\), got \[2\]"):
         plots.plot_neighbors(torch.tensor([[1], [0]]), classes=[0, 2])
+    with pytest.raises(ValueError, match=r"got NoneType; matcher\.class_neighbors is None until .*compute_class_neigh"):
+        plots.plot_neighbors(None)
+    for name, few in (("images", [TALL]), ("images", TALL[:1]), ("names", "a"), ("names", {0: "a"})):
+        with pytest.raises(IndexError, match=rf"{name}: expected one of each class, got 1, none of class 1"):
+            plots.plot_neighbors(torch.tensor([[1], [0]]), **{name: few})
     with pytest.raises(ValueError, match=r"similarities: expected \[2, 1\]"):
         plots.plot_neighbors(torch.tensor([[1], [0]]), similarities=torch.rand(2, 2))
     with pytest.raises(ValueError, match=r"cmc: expected curves \[ranks\], got shape \[2, 3\] of 'a'"):

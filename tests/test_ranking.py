@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.ranking import main as measure_ranking
 from qaconv_triton import QAConv
-from qaconv_triton.evaluation import rank_gallery, ranking, save_features
+from qaconv_triton.evaluation import Features, rank_gallery, ranking, save_features
 
 Q, G, K = 7, 33, 5
 QUERY, GALLERY = maps(Q, 1), maps(G, 2)
@@ -251,6 +251,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert not capsys.readouterr().err
 
 
+FEATURES = Features(QUERY, torch.arange(Q), None, None, None)
 WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"matcher": torch.nn.Linear(2, 2)}, TypeError, ("matcher: expected a QAConv", "Linear")),
     (
@@ -262,6 +263,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"query": QUERY.to_sparse()}, TypeError, ("query: expected a dense tensor",)),
     ({"query": QUERY.to("meta")}, ValueError, ("query", "meta")),
     ({"query": 3}, TypeError, ("query", "int")),
+    ({"query": FEATURES}, TypeError, ("query: expected a tensor", "got Features: pass its .maps")),
+    ({"gallery": FEATURES, "prefilter": 8}, TypeError, ("gallery", "got Features: pass its .maps")),
     ({"query": ["picture.jpg"]}, TypeError, ("query, chunk 1", "str")),
     ({"gallery": [(GALLERY, GALLERY)]}, TypeError, ("gallery, chunk 1", "tuple")),
     ({"gallery": list(GALLERY)}, ValueError, ("gallery, chunk 1", f"[{C}, {H}, {W}]")),
@@ -275,7 +278,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"gallery": [GALLERY[:2]], "k": 3}, ValueError, ("the gallery has 2 maps", "got 3")),
     ({"prefilter": K - 1}, ValueError, (f"between {K} and {G}", f"got {K - 1}")),
     ({"prefilter": G + 1}, ValueError, (f"between {K} and {G}", f"got {G + 1}")),
-    ({"prefilter": 8, "gallery": [GALLERY]}, ValueError, ("prefilter=8 reads the gallery twice", "list")),
+    ({"prefilter": 8, "gallery": [GALLERY]}, ValueError, ("prefilter=8 reads the gallery twice", "list; torch.cat")),
     ({"progress": 1}, TypeError, ("progress", "1")),
     ({"query_occ": visibility(Q - 1, 1)}, ValueError, ("query_occ", f"[{Q}, 1, {H}, {W}]", f"[{Q - 1}, 1, {H}, {W}]")),
     ({"gallery_occ": []}, ValueError, ("gallery_occ", f"[0, 1, {H}, {W}]")),

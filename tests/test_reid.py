@@ -105,6 +105,12 @@ def test_average_precision_is_that_of_torchmetrics() -> None:
         assert precision[row].item() == pytest.approx(expected.item())
 
 
+def test_a_short_list_without_what_is_left_out_ends_early() -> None:
+    arguments = [7], [7, 7, 8], [0], [0, 1, 1]  # the best item is of the query's camera
+    assert reid_metrics(torch.tensor([[0]]), *arguments).cmc.tolist() == [0]
+    assert reid_metrics(torch.tensor([[0, 1, 2]]), *arguments).cmc.tolist() == [1, 1, 1]
+
+
 def test_a_list_by_hand() -> None:
     """Market-1501's rules: junk and the own camera are no places at all; distractors are wrong answers."""
     ids, cameras = [7, -1, 7, 0, 7, 8], [1, 2, 2, 2, 3, 2]
@@ -174,18 +180,24 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"gallery_ids": [1]}, IndexError, r"indices: expected values in \[0, 1\) for 1 gallery items, got \[1, 1, 2\]"),
     ({"query_ids": [1]}, ValueError, r"query_ids: expected \[2\] for indices \[2, 2\], got \[1\]"),
     ({"query_ids": [1.0, 2.0]}, TypeError, r"query_ids: expected an integer dtype"),
-    ({"query_ids": ["a", "b"]}, TypeError, r"query_ids: expected integers, got list"),
+    ({"query_ids": ["a", "b"]}, TypeError, r"query_ids: expected integers, got list .*; np\.unique\(\[\*query_ids, "),
+    (
+        {"query_ids": np.array(["a", "b"])},
+        TypeError,
+        r"query_ids: expected integers, .*return_inverse=True\)\[1\] numbers",
+    ),
+    ({"junk_ids": -1}, ValueError, r"junk_ids: expected a list of integers, such as \(-1,\), got -1"),
     ({"query_cameras": [1, 2]}, ValueError, r"come together, got query_cameras alone"),
     ({"gallery_cameras": [1, 2, 3]}, ValueError, r"come together, got gallery_cameras alone"),
     (
         {"query_cameras": [1], "gallery_cameras": [1, 2, 3]},
         ValueError,
-        r"query_cameras: expected shape \[2\]",
+        r"query_cameras: expected shape \[2\], as query_ids has 2, got \[1\]",
     ),
     (
         {"query_cameras": [1, 2], "gallery_cameras": [1]},
         ValueError,
-        r"gallery_cameras: expected shape \[3\]",
+        r"gallery_cameras: expected shape \[3\], as gallery_ids has 3, got \[1\]",
     ),
     ({"junk_ids": ["junk"]}, TypeError, r"junk_ids: expected integers"),
 ]

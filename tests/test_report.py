@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qaconv_triton.evaluation import (
     reid_metrics,
     save_features,
 )
-from qaconv_triton.matches import strongest_matches
+from qaconv_triton.matches import score_decimals, strongest_matches
 from qaconv_triton.report import load_matcher, main, write_report
 
 Image = pytest.importorskip("PIL.Image")
@@ -107,18 +108,22 @@ def test_metrics_and_worst_queries_are_those_of_the_evaluation(report: Path) -> 
     metrics, of_queries = reid_metrics(indices, *known), query_metrics(indices, *known)
     page = report.read_text(encoding="utf-8")
     shown = dict(re.findall(r"<dt>([^<]+)</dt><dd>([^<]+)</dd>", page))
-    assert shown == {name: f"{100 * value:.1f} %" for name, value in metrics.to_dict().items()}
+    assert shown == {name: f"{100 * value:.1f}\u00a0%" for name, value in metrics.to_dict().items()}
     curve = re.findall(r"<tr><th scope='row'>\d+</th><td>([^<]+)</td>", page)
-    assert curve == [f"{100 * value:.1f} %" for value in metrics.cmc.tolist()]
+    assert curve == [f"{100 * value:.1f}\u00a0%" for value in metrics.cmc.tolist()]
     assert "Queries without a true match in the gallery, which do not count: 1." in page
     precision = of_queries.average_precision
     worst = sorted((row for row in range(4)), key=lambda row: (precision[row].item(), -of_queries.first_match[row]))
-    summaries = re.findall(r"<summary>Query (\d+) .*?AP ([\d.]+) %, first true match at rank (\d+)</summary>", page)
+    summaries = re.findall(
+        r"<summary>Query (\d+) .*?AP ([\d.]+)\u00a0%, first true match at rank (\d+)</summary>", page
+    )
     assert summaries == [
         (str(row), f"{100 * precision[row]:.1f}", f"{int(of_queries.first_match[row])}") for row in worst
     ]
     captions = re.findall(
-        r"<strong>(\d+) . (right|wrong)</strong> identity (-?\d+), camera (\d), score ([-\d.]+)<", page
+        r"<strong>(\d+) . (right|wrong)</strong> identity (-?\d+), camera (\d), score ([-\d.]+)"
+        r"<br>row (\d+) \(([^)]+)\)",
+        page,
     )
     expected = []
     for row in worst:
@@ -127,11 +132,28 @@ def test_metrics_and_worst_queries_are_those_of_the_evaluation(report: Path) -> 
             same = GALLERY_IDS[item] == QUERY_IDS[row]
             if GALLERY_IDS[item] != -1 and not (same and GALLERY_CAMERAS[item] == QUERY_CAMERAS[row]):
                 places.append((bool(same), item, scores[row, place].item()))
+        decimals = score_decimals([score for _, _, score in places[:5]])
         for rank, (same, item, score) in enumerate(places[:5], start=1):
             identity, camera = int(GALLERY_IDS[item]), int(GALLERY_CAMERAS[item])
             word = "right" if same else "wrong"
-            expected.append((str(rank), word, str(identity), str(camera), f"{score:.2f}"))
+            origin = str(item), f"gallery {item} é&amp;.png"
+            expected.append((str(rank), word, str(identity), str(camera), f"{score:.{decimals}f}", *origin))
+        rank, (_, item, score) = next((i, place) for i, place in enumerate(places, start=1) if place[0])
+        if rank > 1:
+            what = f"First true match, rank {rank}: score {score:.{decimals}f}, identity {int(GALLERY_IDS[item])}, "
+            assert f"{what}camera {int(GALLERY_CAMERAS[item])}, row {item} (gallery {item} é&amp;.png)<" in page
     assert captions == expected
+
+
+def test_a_page_says_when_and_what_it_was_made_from(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_module, "_now", lambda: datetime(2031, 2, 3, 4, 5, 59, tzinfo=UTC))
+    main(command(store, tmp_path / "report.html"))
+    files = f"{store / 'query.safetensors'}, {store / 'gallery.safetensors'} and {store / 'last.pt'}"
+    assert f"<p>Made 2031-02-03 04:05 UTC from {files}.</p>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    write_report(tmp_path / "report.html", matcher(), *features())
+    assert "<p>Made 2031-02-03 04:05 UTC.</p>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_lines_are_the_strongest_matches(tmp_path: Path) -> None:
@@ -161,6 +183,25 @@ def test_nan_in_a_map_is_drawn_nowhere(tmp_path: Path) -> None:
     drawings = re.findall(r"<(?:line|rect|circle)[^>]+>", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert not [each for each in drawings if "nan" in each]
     assert [each for each in drawings if 'class="halo"' in each]
+
+
+def test_queries_of_nan_are_told(tmp_path: Path) -> None:
+    query, gallery = features()
+    write_report(tmp_path / "report.html", matcher(), query, gallery)
+    assert "NaN" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    query.maps[[1, 3]] = torch.nan
+    write_report(tmp_path / "report.html", matcher(), query, gallery)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Queries whose scores are all NaN, because of NaN or Inf in maps: 2, query 1 first." in page
+
+
+def test_without_a_countable_query_there_is_no_table_and_no_legend(tmp_path: Path) -> None:
+    query, gallery = features()
+    write_report(tmp_path / "report.html", matcher(), query._replace(ids=[99] * 5), gallery)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("No query has a true match in the gallery.") == 2
+    assert not [tag for tag in ("table", "details", "svg") if Parsed(page).all(tag)]
+    assert "dashed</span>" not in page
 
 
 def test_the_page_is_whole_and_escaped(report: Path) -> None:
@@ -205,7 +246,7 @@ def test_without_paths_there_are_no_pictures(tmp_path: Path) -> None:
     assert metrics.mAP == reid_metrics(ranking[1], QUERY_IDS, GALLERY_IDS).mAP
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not Parsed(page).all("img")
-    assert "Lists have 3 places" in page
+    assert "A list has the best 3 of 12 gallery images." in page
     assert "Cameras are not known" in page
     with pytest.raises(ValueError, match="worst must be at least 1"):
         write_report(tmp_path / "report.html", matcher(), query, gallery, worst=0)
@@ -245,7 +286,7 @@ def test_features_and_rankings_of_ones_own_may_be_arrays_and_lists(store: Path, 
         metrics = write_report(tmp_path / "arrays.html", saved, *own, ranking=ranking)
     assert metrics[:2] == expected[:2]
     pages = [(tmp_path / f"{name}.html").read_text(encoding="utf-8") for name in ("tensors", "arrays")]
-    assert pages[0] == pages[1]
+    assert len({re.sub("Made .* UTC", "", page) for page in pages}) == 1
     padded = ranking[0], np.where(np.arange(4) < 3, ranking[1], -1)
     write_report(tmp_path / "padded.html", matcher(), *own, ranking=padded, top=4)
 
@@ -255,7 +296,32 @@ def test_lists_are_bounded_where_k_is_none(tmp_path: Path, monkeypatch: pytest.M
     metrics = write_report(tmp_path / "report.html", matcher(), *features())
     assert len(metrics.cmc) == 7
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Lists have 7 places; true matches beyond count as never found: mAP and mINP are lower bounds." in page
+    assert "A list has the best 7 of 12 gallery images." in page
+    assert "mAP and mINP are lower bounds of those of full lists, and so is Rank-k where images were left out" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ""),
+        (["--prefilter", "12"], ""),
+        (["--k", "4"], "A list has the best 4 of 12 gallery images."),
+        (["--prefilter", "6"], "6 gallery images of largest cosine were scored, of 12, and its list has the best 6 of"),
+        (["--prefilter", "6", "--k", "4"], "cosine were scored, of 12, and its list has the best 4 of them."),
+    ],
+    ids=str,
+)
+def test_page_and_command_say_what_short_lists_are_worth(
+    options: list[str], expected: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(store, tmp_path / "report.html", *options))
+    figures, *said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"Rank-1 [\d.]+ %, .*mINP [\d.]+ %: .*report\.html", figures)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(said) == bool(expected)
+    assert expected in "".join(said)
+    assert all(f"<p>{line}</p>" in page for line in said)
+    assert ("lower bound" in page) == ("A list has" in expected)
 
 
 SHORT = torch.zeros(5, 3)
@@ -264,9 +330,15 @@ SHORT = torch.zeros(5, 3)
 @pytest.mark.parametrize(
     ("changes", "options", "error", "message"),
     [
-        ({"ids": QUERY_IDS[1:]}, {}, ValueError, r"query\.ids: expected shape \[5\], got \[4\]"),
+        (
+            {"ids": QUERY_IDS[1:]},
+            {},
+            ValueError,
+            r"query\.ids: expected shape \[5\], as query\.maps has 5, got \[4\]",
+        ),
         ({"ids": ["a"] * 5}, {}, TypeError, r"query\.ids: expected integers, got list"),
-        ({"cameras": [0, 1]}, {}, ValueError, r"query\.cameras: expected shape \[5\], got \[2\]"),
+        ({"cameras": [0, 1]}, {}, ValueError, r"query\.cameras: expected shape \[5\], .*, got \[2\]"),
+        ({"cameras": None}, {}, ValueError, r"query\.cameras and gallery\.cameras come together, got gallery\.cameras"),
         ({"maps": torch.zeros(5, C, H, W + 1)}, {}, ValueError, r"query\.maps: expected feature maps"),
         ({"occ": torch.ones(5, 1, H)}, {}, ValueError, r"query\.occ: expected shape"),
         ({"paths": ["a.jpg"]}, {}, ValueError, r"query\.paths: expected 5, as there are ids, got 1"),
@@ -307,7 +379,9 @@ def test_checkpoints_give_the_matcher_back(tmp_path: Path) -> None:
     both["other"]["fc.bias"] += 1
     for saved, prefix in (
         (own.state_dict(), None), (model.state_dict(), None), ({"state_dict": model.state_dict(), "epoch": 3}, None),
-        (both, "model.matcher"), ({"a": own.state_dict(), "b": {"c": own.state_dict()}}, None),
+        (both, "model.matcher"), (both, "matcher"), ({"state_dict": both}, "state_dict.model.matcher."),
+        ({"state_dict": both}, "model.matcher"), ({"ema": {"matcher": both["other"]}, **model.state_dict()}, "matcher"),
+        ({"a": own.state_dict(), "b": {"c": own.state_dict()}}, None),
     ):  # fmt: skip
         torch.save(saved, path)
         loaded = load_matcher(path, C, H, W, prefix)
@@ -316,6 +390,14 @@ def test_checkpoints_give_the_matcher_back(tmp_path: Path) -> None:
     torch.save(both, path)
     with pytest.raises(ValueError, match=r"expected one matcher, found 'model\.matcher', 'other'; prefix says which"):
         load_matcher(path, C, H, W)
+    for part in ("atcher", "model"):  # no whole name, not the end
+        with pytest.raises(ValueError, match=rf"one matcher at '{part}', found none among 'model\.matcher', 'other'"):
+            load_matcher(path, C, H, W, part)
+    torch.save(own.state_dict(), tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"one matcher at 'a', found none among the file itself; prefix says"):
+        load_matcher(tmp_path / "own.pt", C, H, W, "a")
+    with pytest.raises(RuntimeError, match=r"expected maps \[6, 2, 3\], got a class table \[7, 5, 2, 3\]"):
+        load_matcher(path, C + 1, H, W, "model.matcher")
     save_file(own.state_dict(), tmp_path / "last.safetensors")
     loaded = load_matcher(tmp_path / "last.safetensors", C, H, W)
     assert torch.equal(loaded.match(first, second), own.match(first, second))
@@ -344,7 +426,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_tells_what_is_wrong(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (["--k", "13"], "13"), (["--prefix", "model"], "found none"), (["--worst", "0"], "worst must be at least 1"),
+        (["--k", "13"], "13"), (["--prefix", "model"], "found none among 'criterion.matcher'"),
+        (["--worst", "0"], "worst must be at least 1"), (["--device", "cuda:77"], "argument --device: 'cuda:77': "),
+        (["--device", "gpu"], "argument --device: 'gpu': "),
     ):  # fmt: skip
         with pytest.raises(SystemExit) as error:
             main(command(store, tmp_path / "report.html", *options))
@@ -387,6 +471,12 @@ def test_a_phone_shows_all_of_it(page: Page, width: int) -> None:
         assert complete
         assert natural > 0
         assert 60 <= shown <= 300
+    lines = page.evaluate("[...document.querySelectorAll('dd')].map("
+                          "e => e.offsetHeight / parseFloat(getComputedStyle(e).lineHeight))")  # fmt: skip
+    assert lines == pytest.approx([1.0] * 5, abs=0.1)  # a number and its sign stand together
+    font = page.evaluate("(e => e.getScreenCTM().a * parseFloat(getComputedStyle(e).fontSize))"
+                         "(document.querySelector('.cmc text'))")  # fmt: skip
+    assert 9.5 <= font <= 16
     assert page.evaluate("Math.min(...[...document.querySelectorAll('p, figcaption, td, summary')].map("
                          "e => parseFloat(getComputedStyle(e).fontSize)))") >= 12  # fmt: skip
 

@@ -140,8 +140,21 @@ def test_what_pairs_do_not_determine_is_nan() -> None:
     assert perfect.tar_at_far[1e-2] == 1
 
 
+def test_pairs_may_be_lists_and_arrays() -> None:
+    scores, same = pairs(50, 3, 1000)
+    scores = scores.double() + 1e-12 * torch.arange(50)  # which fp32 cannot tell apart
+    expected = verification_metrics(scores, same)
+    for given in ((scores.tolist(), same.tolist()), (scores.numpy(), same.numpy()), (scores, same.numpy().tolist())):
+        metrics = verification_metrics(*given)
+        assert torch.equal(metrics.thresholds, expected.thresholds)
+        assert metrics[3:] == expected[3:]
+    assert verification_metrics([3, 2, 1], [True, False, True]).tar.tolist() == [0, 0.5, 0.5, 1]
+
+
 WRONG: list[tuple[Any, Any, type[Exception], str]] = [
-    ([1.0], torch.tensor([True]), TypeError, r"scores: expected a tensor \[B\], got list"),
+    (["a"], torch.tensor([True]), TypeError, r"scores: expected a tensor, an array or a list \[B\], got list"),
+    ([1.0], None, TypeError, r"same: expected a tensor, an array or a list \[B\], got NoneType"),
+    ([1.0], [1], TypeError, r"same: expected torch\.bool, got torch\.int64"),
     (torch.ones(2), torch.ones(2), TypeError, r"same: expected torch\.bool, got torch\.float32"),
     (
         torch.ones(2).long(),

@@ -74,15 +74,17 @@ def save_features(
             iterable of chunks `[m, C, H, W]`, which is never held whole.
         ids: identities `[M]`, integers: a tensor, a list or an array.
         cameras: cameras `[M]`, integers.
-        occ: visibility `[M, 1, H, W]`: as an array, or in chunks, which are then of the same sizes as those of maps.
+        occ: visibility `[M, 1, H, W]` or `[M, H, W]` in [0, 1]: as an array, or in chunks, which are then of the same
+            sizes as those of maps.
         paths: of the M pictures.
         dtype: torch.float16, torch.bfloat16 or torch.float32, that maps and visibility are written in.
 
     Raises:
         TypeError: arguments of another type or dtype.
         OSError: the file cannot be written: a folder, or in none; raised before a chunk is read.
-        ValueError: shapes that do not fit, another number of maps than of identities, a map that `dtype` cannot hold:
-            a number above its range, or all of them so small that zeros are left; a NUL in one of `paths`.
+        ValueError: shapes that do not fit, another number of maps than of identities, NaN or Inf, visibility outside
+            [0, 1], a map that `dtype` cannot hold: a number above its range, or all of them so small that zeros are
+            left; a NUL in one of `paths`.
 
     Examples:
         >>> from qaconv_triton.evaluation import load_features, save_features
@@ -99,7 +101,7 @@ def save_features(
     tensors = {"ids": as_integers(ids, "ids", CPU)}
     count = len(tensors["ids"])
     if cameras is not None:
-        tensors["cameras"] = as_integers(cameras, "cameras", CPU, count)
+        tensors["cameras"] = as_integers(cameras, "cameras", CPU, count, "ids")
     if paths is not None:
         data = bytearray(b"".join(os.fsencode(text) + b"\0" for text in as_texts(paths, "paths", count)))
         tensors["paths"] = (
@@ -198,6 +200,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: expected the path of a file, got a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {str(path.parent)!r}")
     with TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:  # whose name no other thread has
         part = Path(folder, "part")
         yield part
@@ -253,18 +257,23 @@ def _write(file: BinaryIO, offset: int, tensor: Tensor) -> None:
 
 
 def _narrowed(values: Tensor, dtype: torch.dtype, first: int, name: str) -> Tensor:
-    """Values `[m, ...]` in `dtype`, if it can hold them; they are rows `first` and on, for the message."""
-    values = values.detach()
+    """Values `[m, ...]` in `dtype`, if they are finite and it can hold them: rows `first` and on, for the message."""
+    values = values.detach().flatten(1)
     narrow = values.to(dtype)
-    largest = values.abs().flatten(1).amax(dim=1)
-    limits = torch.finfo(dtype)
-    above = (narrow.isinf() & values.isfinite()).flatten(1).any(dim=1)
-    wrong = above | ((largest > 0) & (narrow == 0).flatten(1).all(dim=1))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+    largest = values.abs().amax(dim=1)
+    is_wrong = ~narrow.isfinite().all(dim=1) | ((largest > 0) & (narrow == 0).all(dim=1))
+    if bool(is_wrong.any()):
+        row = int(is_wrong.nonzero()[0])
+        if count := int((~values[row].isfinite()).sum()):
+            got = f"{count} of its {values.shape[1]} numbers are NaN or Inf before the conversion to {dtype}"
+            raise ValueError(f"{name}: expected finite numbers, got row {first + row}: {got}")
+        limits = torch.finfo(dtype)
         raise ValueError(
             f"{name}: {dtype} cannot hold row {first + row}, whose largest magnitude is {largest[row]:.3g}: "
             f"its numbers are from {limits.tiny * limits.eps:.3g} to {limits.max:.3g}; scale the maps, or pass "
             "another dtype"
         )
+    if name == "occ" and bool((is_outside := ((narrow < 0) | (narrow > 1))).any()):
+        row, place = is_outside.nonzero()[0].tolist()
+        raise ValueError(f"occ: expected visibility in [0, 1], got {values[row, place]:.9g} in row {first + row}")
     return narrow

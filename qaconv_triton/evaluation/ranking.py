@@ -20,7 +20,7 @@ from ..matcher import QAConv
 from ..progress import Progress, show_progress
 from ..scores import MAP_BYTES, k_best, score_maps
 from ..validation import check_count, check_flag
-from .sources import Held, in_blocks, is_array, read_chunks, read_maps
+from .sources import Held, check_iterable, in_blocks, is_array, read_chunks, read_maps
 
 if TYPE_CHECKING:
     from .sources import Maps
@@ -54,13 +54,13 @@ def rank_gallery(
             on a CPU, where half precision is no faster, in fp32 (fp64 for fp64).
         gallery: maps `[G, C, H, W]`, likewise. An iterable is read once, chunk by chunk, and never held.
         k: between 1 and G; with `prefilter` up to that.
-        query_occ: visibility `[Q, 1, H, W]` in [0, 1], as an array or in chunks; with chunks of maps, in chunks of the
-            same sizes, or as an array.
-        gallery_occ: visibility `[G, 1, H, W]`, likewise.
+        query_occ: visibility `[Q, 1, H, W]` or `[Q, H, W]` in [0, 1], as an array or in chunks; with chunks of maps, in
+            chunks of the same sizes, or as an array. Its values are not checked.
+        gallery_occ: visibility `[G, 1, H, W]` or `[G, H, W]`, likewise.
         prefilter: score only so many gallery maps of each query, between k and G: those of largest cosine with it, as
             flattened maps that are normalised at every location and weighted by visibility. The gallery is read
-            twice then, and is no iterable. The result is that of a full search as far as the candidates hold its best;
-            `python -m bench ranking` measures how far.
+            twice then, and is no iterable; `torch.cat` joins chunks, in memory. The result is that of a full search as
+            far as the candidates hold its best; `python -m bench ranking` measures how far.
         progress: show it, by tqdm on a terminal, elsewhere as a line now and then.
 
     Returns:
@@ -70,9 +70,9 @@ def rank_gallery(
 
     Raises:
         TypeError: arguments of another type, maps that are not real floating-point arrays.
-        ValueError: other sizes than the matcher's, numbers out of range, visibility of another number of maps, a
-            prefilter of an iterable, a matcher whose norms have no running statistics. That an iterable gallery has
-            fewer than k maps is raised at its end.
+        ValueError: other sizes than the matcher's, `k` or `prefilter` out of range, visibility of another number of
+            maps, a prefilter of an iterable, a matcher whose norms have no running statistics. That an iterable gallery
+            has fewer than k maps is raised at its end.
 
     Examples:
         >>> from qaconv_triton.evaluation import rank_gallery
@@ -87,9 +87,10 @@ def rank_gallery(
         raise ValueError("matcher: expected batch norms with running statistics: else blocks change scores")
     check_flag(progress, "progress")
     if prefilter is not None and not is_array(gallery):
+        check_iterable(gallery, "gallery")
         raise ValueError(
             f"prefilter={prefilter} reads the gallery twice: expected a tensor or a NumPy array, which may be "
-            f"memory-mapped, got {type(gallery).__name__}"
+            f"memory-mapped, got {type(gallery).__name__}; torch.cat(chunks) joins chunks, in memory"
         )
     k = check_count(k, "k", low=1, high=None, why="gallery maps of each query")
     sizes = matcher._map_sizes

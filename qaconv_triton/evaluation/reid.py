@@ -55,7 +55,7 @@ class ReIDMetrics(NamedTuple):
     Attributes:
         mAP: of the average precision.
         mINP: of the inverse negative penalty, the number of true matches over the rank of the last.
-        cmc: fp64 `[ranks]`, the share of queries with a true match among their first 1, 2, ... places.
+        cmc: fp64 `[ranks]`, the share of queries with a true match among the first 1, 2, ... of their lists.
         num_queries: how many have one. The others count in no mean; they are the rest of the lists.
 
     Examples:
@@ -70,7 +70,7 @@ class ReIDMetrics(NamedTuple):
 
     def to_dict(self, ranks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
         """The numbers by their usual names, for a log: `Rank-1`, ..., `mAP`, `mINP`; listed ranks only."""
-        ranks = [check_count(rank, "ranks", low=1, high=None, why="places of a list") for rank in ranks]
+        ranks = [check_count(rank, "ranks", low=1, high=None, why="a rank in a list") for rank in ranks]
         cmc = {f"Rank-{rank}": self.cmc[rank - 1].item() for rank in ranks if rank <= len(self.cmc)}
         return {**cmc, "mAP": self.mAP, "mINP": self.mINP}
 
@@ -88,8 +88,8 @@ def reid_metrics(
 
     A gallery item of the query's identity *and* camera is left out of its list; without cameras no item is, not even
     the query itself if the gallery has it. A true match that a list of k < G does not reach counts as never found: in
-    average precision as 0, in mINP as an infinite rank; the CMC is then that of a full list up to the rank k less the
-    number of items that are left out.
+    average precision as 0, in mINP as an infinite rank. mAP and mINP are then lower bounds of those of full lists, and
+    so is the CMC at ranks above k less the number of items that are left out of a list.
 
     Args:
         indices: integers `[Q, k]`, the rows of the gallery from best to worst, as `rank_gallery` returns them: a tensor
@@ -106,7 +106,7 @@ def reid_metrics(
 
     Raises:
         TypeError: something else than integers.
-        ValueError: shapes that do not fit, cameras of one side only, a list that names an item twice.
+        ValueError: shapes that do not fit, cameras of queries or gallery alone, a list that names an item twice.
         IndexError: an index outside `[0, G)` other than -1.
 
     Examples:
@@ -120,7 +120,7 @@ def reid_metrics(
 
 
 def mean_metrics(of_queries: QueryMetrics, ranks: int) -> ReIDMetrics:
-    """The means of the metrics of queries, whose lists have `ranks` places."""
+    """The means of the metrics of queries, whose lists are `ranks` long."""
     counted = ~of_queries.average_precision.isnan()
     num_queries = int(counted.sum())
     if num_queries < len(counted):
@@ -174,14 +174,12 @@ def query_metrics(
     ids, items = (as_integers(v, n, device) for v, n in ((query_ids, "query_ids"), (gallery_ids, "gallery_ids")))
     if len(ids) != queries:
         raise ValueError(f"query_ids: expected [{queries}] for indices {list(indices.shape)}, got {list(ids.shape)}")
-    if (query_cameras is None) != (gallery_cameras is None):
-        given = "query_cameras" if gallery_cameras is None else "gallery_cameras"
-        raise ValueError(f"query_cameras and gallery_cameras come together, got {given} alone")
+    check_cameras(query_cameras, gallery_cameras, "query_cameras", "gallery_cameras")
     is_junk = torch.isin(items, as_integers(junk_ids, "junk_ids", device))
     cameras = item_cameras = None
     if query_cameras is not None and gallery_cameras is not None:
-        cameras = as_integers(query_cameras, "query_cameras", device, len(ids))
-        item_cameras = as_integers(gallery_cameras, "gallery_cameras", device, len(items))
+        cameras = as_integers(query_cameras, "query_cameras", device, len(ids), "query_ids")
+        item_cameras = as_integers(gallery_cameras, "gallery_cameras", device, len(items), "gallery_ids")
     matches = _count(ids, items[~is_junk])
     if cameras is not None and item_cameras is not None:
         pairs = _pair_numbers(torch.cat([ids, items]), torch.cat([cameras, item_cameras]))
@@ -257,9 +255,9 @@ def average_queries(
     if not isinstance(maps, Tensor):
         maps = read_maps({}, maps, None, "maps", "").rows(slice(None), torch.device("cpu"))[0]
     check_maps(maps, "maps")
-    keys = [as_integers(ids, "ids", maps.device, len(maps))]
+    keys = [as_integers(ids, "ids", maps.device, len(maps), "maps")]
     if cameras is not None:
-        keys.append(as_integers(cameras, "cameras", maps.device, len(maps)))
+        keys.append(as_integers(cameras, "cameras", maps.device, len(maps), "maps"))
     merged, group = torch.stack(keys).unique(dim=1, return_inverse=True)
     unit = prepare_maps(maps, None, accumulation_dtype(maps.dtype))
     order = group.argsort(stable=True)
@@ -269,8 +267,19 @@ def average_queries(
     return result.to(maps.dtype), merged[0], merged[1] if cameras is not None else None
 
 
-def as_integers(values: Any, name: str, device: torch.device, count: int | None = None) -> Tensor:
-    """Integers of any kind as int64 `[M]` on `device`, M = `count` where given.
+def check_cameras(query: object, gallery: object, query_name: str, gallery_name: str) -> None:
+    """Require cameras of queries and of gallery, or None of both.
+
+    Raises:
+        ValueError: one of them alone.
+    """
+    if (query is None) != (gallery is None):
+        given = query_name if gallery is None else gallery_name
+        raise ValueError(f"{query_name} and {gallery_name} come together, got {given} alone")
+
+
+def as_integers(values: Any, name: str, device: torch.device, count: int | None = None, owner: str = "") -> Tensor:
+    """Integers of any kind as int64 `[M]` on `device`, M = `count` where given, the length of `owner`.
 
     Raises:
         TypeError: something else than integers.
@@ -279,11 +288,15 @@ def as_integers(values: Any, name: str, device: torch.device, count: int | None 
     try:
         tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name}: expected integers, got {type(values).__name__} ({error})") from error
+        hint = "np.unique([*query_ids, *gallery_ids], return_inverse=True)[1] numbers names, of both sides together"
+        raise TypeError(f"{name}: expected integers, got {type(values).__name__} ({error}); {hint}") from error
     if tensor.numel():  # an empty list makes a tensor of floats
         check_integers(tensor, name)
+    if tensor.dim() == 0:
+        raise ValueError(f"{name}: expected a list of integers, such as ({values},), got {values}")
     if tensor.dim() != 1 or (count is not None and len(tensor) != count):
-        raise ValueError(f"{name}: expected shape [{'M' if count is None else count}], got {list(tensor.shape)}")
+        expected = "[M]" if count is None else f"[{count}], as {owner} has {count}"
+        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
     return tensor.to(device, torch.int64).contiguous()  # rows of a strided tensor, such as ids[::2]
 
 

@@ -54,7 +54,8 @@ def k_reciprocal_rerank(
     Args:
         ranking: scores and indices `[Q, k]`, as `rank_gallery(matcher, query, gallery, k)` returns them.
         neighbors: scores and indices `[Q + G, n]`, n > k1, of queries and gallery among themselves, as
-            `rank_gallery(matcher, both, both, n)` returns them, with both = [query, gallery].
+            `rank_gallery(matcher, both, both, n)` returns them, with both = [query, gallery]. That is (Q + G)^2 pairs;
+            with `prefilter`, both is `torch.cat([query, gallery])`.
         k1: neighbours that must be mutual.
         k2: nearest items, the item itself among them, whose encodings are averaged; 1 to k1 + 1.
         lambda_value: weight of the distance by the score, beside that by the neighbours; between 0 and 1.

@@ -87,9 +87,9 @@ def _checked(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_nam
 
 def read_chunks(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Iterator[Held]:
     """The chunks of an iterable, each with its visibility, which comes in such chunks or as one array."""
-    _check_iterable(maps, name)
+    check_iterable(maps, name)
     if visibility is not None:
-        _check_iterable(visibility, visibility_name)
+        check_iterable(visibility, visibility_name)
     parts = iter(visibility) if visibility is not None and not is_array(visibility) else None
     count = number = 0
     for number, chunk in enumerate(maps, start=1):
@@ -121,13 +121,20 @@ def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_na
     return _checked(sizes, maps, visibility, name, visibility_name)
 
 
-def _check_iterable(values: object, name: str) -> None:
-    if not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {type(values).__name__}")
+def check_iterable(values: object, name: str) -> None:
+    """Require an iterable that is not `Features`, a tuple.
+
+    Raises:
+        TypeError: anything else.
+    """
+    is_features = hasattr(values, "maps") and hasattr(values, "occ")
+    if is_features or not isinstance(values, Iterable):
+        got = f"{type(values).__name__}{': pass its .maps, and its .occ as visibility' * is_features}"
+        raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {got}")
 
 
 def _read_visibility(chunks: Iterable[Array], maps: Array, name: str) -> Tensor:
-    _check_iterable(chunks, name)
+    check_iterable(chunks, name)
     parts = []
     for number, part in enumerate(chunks, start=1):
         label = f"{name}, chunk {number}"

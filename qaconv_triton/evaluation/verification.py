@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..validation import check_layout
+from .sources import is_array, take
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FALSE_ACCEPT_RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FOLDS = 10
@@ -24,7 +29,8 @@ class VerificationMetrics(NamedTuple):
         eer: equal error rate, where `far` equals `1 - tar` on the straight line between two points of the ROC.
         tar_at_far: the largest `tar` whose `far` is at most 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, by that bound; NaN where one
             of the pairs of two identities is more than that share of them.
-        accuracy: mean of the accuracy on ten folds, each at the best threshold of the nine others, as on LFW.
+        accuracy: mean of the accuracy on ten folds, each at the best threshold of the nine others, as on LFW; the
+            highest of equally good ones.
         accuracy_std: their standard deviation, with 9 degrees of freedom.
         threshold: the highest threshold with the best accuracy on all pairs.
 
@@ -44,13 +50,17 @@ class VerificationMetrics(NamedTuple):
     threshold: float
 
 
-def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
+def verification_metrics(
+    scores: Tensor | Sequence[float] | np.ndarray[Any, Any], same: Tensor | Sequence[bool] | np.ndarray[Any, Any]
+) -> VerificationMetrics:
     """Compute ROC, equal error rate, TAR at fixed FAR, and ten-fold accuracy of scored pairs.
 
     Args:
-        scores: floating-point `[B]`, larger for the same identity, as `matcher.match_pairs` returns them.
-        same: bool `[B]`, whether the pair shows one identity. The ten folds of the accuracy are tenths of the pairs in
-            the order given, as the list of LFW has them.
+        scores: floating-point `[B]`, larger for the same identity, as `matcher.match_pairs` returns them: a tensor, an
+            array or a list of numbers.
+        same: bool `[B]`, whether the pair shows one identity, likewise. The ten folds of the accuracy are tenths of the
+            pairs in the order given, as the list of LFW has them: each should have pairs of both kinds, so shuffle
+            pairs that are ordered by kind.
 
     Returns:
         `VerificationMetrics`, on the CPU. Equal scores are accepted together. What the pairs do not determine is NaN:
@@ -67,10 +77,7 @@ def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
         >>> metrics.eer, metrics.tar.tolist(), metrics.far.tolist()
         (0.5, [0.0, 0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5, 1.0])
     """
-    for value, name in ((scores, "scores"), (same, "same")):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor [B], got {type(value).__name__}")
-        check_layout(value, name)
+    scores, same = _as_tensor(scores, "scores", torch.float64), _as_tensor(same, "same", None)
     if not scores.is_floating_point():
         raise TypeError(f"scores: expected a floating-point dtype, got {scores.dtype}")
     if same.dtype != torch.bool:
@@ -108,6 +115,21 @@ def verification_metrics(scores: Tensor, same: Tensor) -> VerificationMetrics:
     return VerificationMetrics(
         far, tar, thresholds, error_rate, at_far, accuracy.mean().item(), accuracy.std().item(), threshold
     )
+
+
+def _as_tensor(values: Any, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor, an array, or a list in `dtype`, as a tensor."""
+    try:
+        if is_array(values):
+            values = values if isinstance(values, Tensor) else take(values, slice(None), CPU)
+        else:
+            values = torch.as_tensor(values, dtype=dtype, device=CPU)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"{type(values).__name__} ({error})"
+        raise TypeError(f"{name}: expected a tensor, an array or a list [B], got {got}") from error
+    check_layout(values, name)
+    tensor: Tensor = values
+    return tensor
 
 
 def _tar_at(rate: float, false_accepts: Tensor, tar: Tensor) -> float:

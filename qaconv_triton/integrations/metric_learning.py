@@ -98,12 +98,11 @@ class QAConvDistance(BaseDistance):  # type: ignore[misc]
 
     def _maps(self, embeddings: Tensor, name: str) -> Tensor:
         """Embeddings as `[B, C, H, W]`, checked."""
-        shape = self.matcher.num_features, self.matcher.height, self.matcher.width
-        if (
-            isinstance(embeddings, Tensor)
-            and embeddings.dim() == 2
-            and embeddings.shape[1] == torch.Size(shape).numel()
-        ):
+        shape = torch.Size((self.matcher.num_features, self.matcher.height, self.matcher.width))
+        if isinstance(embeddings, Tensor) and embeddings.dim() == 2:
+            if embeddings.shape[1] != shape.numel():
+                expected = f"[B, C, H, W] or [B, C*H*W], here [B, {str(list(shape))[1:-1]}] or [B, {shape.numel()}]"
+                raise ValueError(f"{name}: expected feature maps {expected}, got shape {list(embeddings.shape)}")
             embeddings = embeddings.unflatten(1, shape)
         self.matcher._check_maps(embeddings, None, name, "")
         return embeddings
@@ -120,7 +119,8 @@ class QAConvKNN:
 
     Args:
         matcher: a `QAConv`, on the calculator's device; it scores in eval mode.
-        prefilter: score only so many references of each query, the nearest by cosine, as `evaluation.rank_gallery`.
+        prefilter: score only so many references of each query, the nearest by cosine, as `evaluation.rank_gallery`. The
+            calculator needs a `k` then, below the prefilter: without one it asks for all references.
 
     Raises:
         TypeError, ValueError: another matcher, a prefilter that is no positive integer.
@@ -158,6 +158,11 @@ class QAConvKNN:
         """
         query, reference = self.distance._maps(query, "query"), self.distance._maps(reference, "reference")
         k, matcher = k + ref_includes_query, self.distance.matcher
+        if self.prefilter is not None and k > self.prefilter:
+            reason = f"the search is asked for the {k} best, and an AccuracyCalculator without k asks for all"
+            raise ValueError(
+                f"prefilter: expected at least {k}, got {self.prefilter}: {reason}; give it a k below {self.prefilter}"
+            )
         scores, indices = rank_gallery(matcher, query, reference, k, prefilter=self.prefilter)
         found: tuple[Tensor, Tensor] = return_results(scores, indices, ref_includes_query)
         return found
