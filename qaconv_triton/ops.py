@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
-from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 from .common.backward import BackwardInputs
@@ -84,7 +83,54 @@ def _maps(locations: Tensor, like: Tensor) -> Tensor:
     return locations.view(-1, like.shape[2], like.shape[3], like.shape[1]).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("qaconv_triton::max_correlation", mutates_args=())
+_library = torch.library.Library("qaconv_triton", "FRAGMENT")  # holds the registrations
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way and `tensor` takes part in it."""
+    if forward_ad._current_level < 0:
+        return False
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    # in torch.func.jvp a wrapper has the tangent, and hides it below autograd
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == TransformType.Jvp
+    return is_jvp and torch._C._functorch.is_gradtrackingtensor(tensor)
+
+
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operator of torch of a function, whose annotations are its schema.
+
+    As `torch.library.custom_op`, whose wrappers load torch's compiler at the first call and cost time at every one. It
+    raises on forward-mode tangents: torch drops them silently where no input requires a gradient.
+    """
+    name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    overload: Callable[..., Any] = getattr(torch.ops.qaconv_triton, name).default
+
+    def checked(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        if any(isinstance(value, Tensor) and _has_tangent(value) for value in inputs):
+            raise RuntimeError(f"qaconv_triton::{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)  # type: ignore[attr-defined]
+
+    _library.impl(name, checked, "ADInplaceOrView", with_keyset=True)
+    return overload
+
+
+def _fake_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what gives shapes and dtypes of an operator's outputs, without values."""
+    registered: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.library.register_fake(
+        f"qaconv_triton::{name}", lib=_library
+    )
+    return registered
+
+
+def _set_derivative(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+    torch.library.register_autograd(f"qaconv_triton::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+@_operator
 def max_correlation(
     probe: Tensor,
     gallery: Tensor,
@@ -121,7 +167,7 @@ def max_correlation(
     return pooled, argmax, rnorm, packed
 
 
-@max_correlation.register_fake
+@_fake_of("max_correlation")
 def _(
     probe: Tensor,
     gallery: Tensor,
@@ -143,7 +189,7 @@ def _(
     return pooled, argmax, rnorm, packed
 
 
-@torch.library.custom_op("qaconv_triton::pair_sums", mutates_args=())
+@_operator
 def pair_sums(
     probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
 ) -> Tensor:
@@ -159,7 +205,7 @@ def pair_sums(
     return sums
 
 
-@pair_sums.register_fake
+@_fake_of("pair_sums")
 def _(
     probe: Tensor, gallery: Tensor, index: Tensor | None, group: Tensor | None, normalize_gallery: bool, weight: Tensor
 ) -> Tensor:
@@ -167,7 +213,7 @@ def _(
     return probe.new_empty(probe.shape[0], neighbors, dtype=accumulation_dtype(probe.dtype))
 
 
-@torch.library.custom_op("qaconv_triton::max_correlation_backward", mutates_args=())
+@_operator
 def max_correlation_backward(
     grad: Tensor,
     pooled: Tensor,
@@ -199,7 +245,7 @@ def max_correlation_backward(
     )
 
 
-@max_correlation_backward.register_fake
+@_fake_of("max_correlation_backward")
 def _(
     grad: Tensor,
     pooled: Tensor,
@@ -251,10 +297,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return to_probe if needs_probe else None, to_gallery if needs_gallery else None, None, None, None, None
 
 
-max_correlation.register_autograd(_backward, setup_context=_save_for_backward)
+_set_derivative("max_correlation", _backward, _save_for_backward)
 
 
-@torch.library.custom_op("qaconv_triton::cosine_topk", mutates_args=())
+@_operator
 def cosine_topk(
     queries: Tensor,
     keys: Tensor | None,
@@ -280,7 +326,7 @@ def cosine_topk(
     return similarities, indices
 
 
-@cosine_topk.register_fake
+@_fake_of("cosine_topk")
 def _(
     queries: Tensor,
     keys: Tensor | None,
@@ -312,31 +358,9 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
     return found
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way and `tensor` takes part in it."""
-    if forward_ad._current_level < 0:
-        return False
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    # in torch.func.jvp a wrapper has the tangent, and hides it below autograd
-    transform = torch._C._functorch.peek_interpreter_stack()
-    is_jvp = transform is not None and transform.key() == TransformType.Jvp
-    return is_jvp and torch._C._functorch.is_gradtrackingtensor(tensor)
+def _no_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("qaconv_triton: trying to differentiate an operator that has no derivative, such as a gradient")
 
 
-def _refuse_tangents(op: CustomOpDef) -> None:
-    """Make `op` raise on forward-mode tangents: torch drops them silently where no input requires a gradient."""
-    overload = op._opoverload
-    name = str(overload.name())
-
-    def checked(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if any(isinstance(value, Tensor) and _has_tangent(value) for value in inputs):
-            raise RuntimeError(f"{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
-        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)
-
-    _library.impl(name, checked, "ADInplaceOrView", with_keyset=True)
-
-
-_library = torch.library.Library("qaconv_triton", "FRAGMENT")  # holds the registrations
-for _op in (max_correlation, max_correlation_backward, pair_sums, cosine_topk):
-    _refuse_tangents(_op)
+for _name in ("max_correlation_backward", "pair_sums", "cosine_topk"):
+    _set_derivative(_name, _no_derivative)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,23 @@ def test_an_import_loads_no_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+def test_a_step_loads_no_compiler() -> None:
+    script = """
+        import sys, torch
+        from qaconv_triton import QAConv, SoftmaxTripletLoss
+
+        maps = torch.randn(4, 8, 2, 2, requires_grad=True)
+        SoftmaxTripletLoss(QAConv(8, 2, 2, 6, 3))(maps, torch.tensor([0, 0, 1, 1]))[2].mean().backward()
+        assert maps.grad.abs().max() > 0
+        print("torch._dynamo" in sys.modules)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
 
 
 def test_a_clone_works_where_the_package_is_installed_elsewhere_or_not_at_all() -> None:
