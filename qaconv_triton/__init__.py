@@ -6,13 +6,23 @@ Query-adaptive convolution: arXiv:1904.10424; graph sampling:
 arXiv:2104.01546.
 """
 
-import os
+import importlib.util
+import sys
+from pathlib import Path
 
 from . import versions
 
-if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a clone: they lie beside the package
-    __path__.append(os.path.dirname(__path__[0]))
 versions.check_installed()  # first: what follows fails under an old torch, with less clear errors
+
+_beside = Path(__file__).parents[1] / "kernels" / "__init__.py"
+if not Path(__file__).with_name("kernels").is_dir() and _beside.is_file():  # a clone, installed or not
+    _spec = importlib.util.spec_from_file_location(
+        f"{__name__}.kernels", _beside, submodule_search_locations=[str(_beside.parent)]
+    )
+    assert _spec is not None
+    assert _spec.loader is not None
+    kernels = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 from . import functional
 from .checkpoint import convert_checkpoint

@@ -47,10 +47,11 @@ def test_a_clone_works_where_the_package_is_installed_elsewhere_or_not_at_all() 
         import sys
 
         sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-        import torch
+        import pkgutil, torch, qaconv_triton
         from qaconv_triton import QAConv, kernels
 
         assert QAConv(4, 2, 2).match(*torch.randn(2, 3, 4, 2, 2)).shape == (3, 3)
+        assert "bench" not in [name for _, name, _ in pkgutil.iter_modules(qaconv_triton.__path__)]
         print(*kernels.__path__)
     """
     root = Path(__file__).parents[1]
