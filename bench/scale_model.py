@@ -146,7 +146,8 @@ def adamw_bytes(job: Job) -> int:
 def memory(job: Job) -> dict[str, int]:
     """Bytes that the first rank holds in training, and on top of that at the peak of each other part; the peak of all.
 
-    Of a step this is what grows with the ranks; a rank's own pairs come on top, whatever N and W are.
+    Of a step this is what grows with the ranks. A rank's pairs come on top, whatever N and W are if neighbours spread
+    evenly over the shards.
     """
     rows, visiting = job.rows(0), [*(step.visiting for step in half_ring(job)), *[0] * VISITORS]
     visitors = max(sum(visiting[first : first + VISITORS]) for first in range(len(visiting) - VISITORS + 1))

@@ -471,9 +471,10 @@ class QAConv(nn.Module):
         return scores
 
     def _agreement_on_pairs(self) -> Agreement | None:
-        """Of the ranks that take batch statistics of all pairs together, if they do."""
-        head = self._head
-        if self.mesh is None or not any(head.statistics_group(norm, False) for norm in (self.bn, self.logit_bn)):
+        """Of the ranks that take batch statistics of all pairs together, or gradients in training, if they do."""
+        head, has_backward = self._head, self.training and torch.is_grad_enabled()
+        has_statistics = any(head.statistics_group(norm, False) for norm in (self.bn, self.logit_bn))
+        if self.mesh is None or self.mesh.size() == 1 or not (has_statistics or has_backward):
             return None
         return Agreement(self.mesh, self.fc.weight.device)
 

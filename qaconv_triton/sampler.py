@@ -17,7 +17,6 @@ import random
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
@@ -287,6 +286,7 @@ class GraphSampler(Sampler[list[int]]):
         count = max(0, -(-(len(self) * num_replicas - start) // num_replicas))
         if count:
             neighbors = self.neighbors() if callable(self.neighbors) else self.neighbors
+            neighbors = neighbors if _is_sharded(neighbors) else whole(neighbors)
             self._check_neighbors(neighbors)
         saved, self._resumed = self._resumed, None
         epoch, self.epoch = self.epoch, self.epoch + 1
@@ -302,7 +302,7 @@ class GraphSampler(Sampler[list[int]]):
             )
         if _is_sharded(neighbors):
             neighbors = sharded.table.gathered_on_cpu(neighbors, self._nearest_classes, self.classes_per_batch - 1)
-        order = self._draw_order(whole(neighbors.detach()).cpu(), epoch)
+        order = self._draw_order(neighbors.detach().cpu(), epoch)
         for batch in itertools.islice(_every_nth(order, start + rank, num_replicas), count):
             progress.position += num_replicas
             self._progress = progress
@@ -364,8 +364,10 @@ class GraphSampler(Sampler[list[int]]):
     def _check_neighbors(self, neighbors: Tensor) -> None:
         if not isinstance(neighbors, Tensor):
             raise TypeError(f"neighbors: expected an integer tensor [N, K], got {type(neighbors).__name__}")
-        mesh = getattr(neighbors, "device_mesh", None)
-        with nullcontext() if mesh is None else Agreement(mesh, local_rows(neighbors).device):
+        if not _is_sharded(neighbors):
+            self._check_ids_of_classes(neighbors)
+            return
+        with Agreement(neighbors.device_mesh, local_rows(neighbors).device):
             self._check_ids_of_classes(neighbors)
 
     def _check_ids_of_classes(self, neighbors: Tensor) -> None:
@@ -528,7 +530,7 @@ def _graph_checksum(neighbors: Tensor) -> str:
         places = torch.arange(0, len(neighbors), step, device=local_rows(neighbors).device)
         rows = sharded.table.rows_at(neighbors, places)
     else:
-        rows = whole(neighbors)[::step].long()
+        rows = neighbors[::step].long()
     return hashlib.sha256(array("q", [*neighbors.shape, *rows.flatten().tolist()])).hexdigest()[:16]
 
 

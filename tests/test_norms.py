@@ -179,6 +179,14 @@ def test_inverse_norms_of_any_length(dtype: torch.dtype) -> None:
     assert torch.equal(vectors.sign(), scaled.sign())
 
 
+@pytest.mark.parametrize("shape", [(30, 7), (5, 6, 7), (0, 7)])
+def test_inverse_norms_do_not_depend_on_blocks_of_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = torch.randn(shape, device="cpu").bfloat16()
+    expected = norms.inverse_norms(vectors)
+    monkeypatch.setattr(norms, "COPIED_VALUES", 2 * vectors[:1].numel() + 1)
+    assert torch.equal(norms.inverse_norms(vectors), expected)
+
+
 # --- raw gallery maps, as of a class table
 
 

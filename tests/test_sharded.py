@@ -430,6 +430,12 @@ def check_errors(mesh: DeviceMesh) -> None:
         kind = its_kind if rank == last or mesh.size() == 1 else RuntimeError
         with pytest.raises(kind, match="" if rank == last else f"rank {last} of the mesh failed: {its_kind.__name__}"):
             loss(matcher)(maps, targets)
+    matcher.bn.eval()
+    matcher.logit_bn.eval()  # no statistics are summed then, but gradients are
+    kind = TypeError if rank == last else RuntimeError
+    with pytest.raises(kind, match="" if rank == last else f"rank {last} of the mesh failed: TypeError"):
+        TripletLoss(matcher)(features, labels.float() if rank == last else labels)[0].mean().backward()
+    matcher.train()
     graph = whole(matcher.class_neighbors)  # type: ignore[arg-type]
     kind, text = (IndexError, "class_neigh") if rank == 0 else (RuntimeError, "rank 0 of the mesh failed: IndexError")
     with pytest.raises(kind, match=text):

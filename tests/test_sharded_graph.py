@@ -173,6 +173,10 @@ def check_sampler(mesh: DeviceMesh) -> None:
             batches = [next(each) for each in (iter(sampler), iter(expected))]
             assert sampler.state_dict() == expected.state_dict()
             assert [batches[0], *sampler, *sampler] == [batches[1], *expected, *expected]
+    alone = DeviceMesh("cpu", [[distributed.get_rank()]], _init_backend=False)  # of two dimensions
+    whole_graph = DTensor.from_local(graph, alone, [Replicate(), Replicate()], run_check=False)
+    batches = [list(GraphSampler(labels, each, 12, 3, **placement)) for each in (whole_graph, graph)]  # type: ignore[arg-type]
+    assert batches[0] == batches[1]
     wrong = distribute_tensor(graph, mesh, [Shard(0)])
     if mesh.get_local_rank() == 0:
         wrong.to_local()[0, 0] = 41

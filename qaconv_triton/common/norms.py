@@ -28,6 +28,8 @@ class Range(NamedTuple):
 
 RANGES = {torch.float32: Range(2.0**50, 2.0**48, 126), torch.float64: Range(2.0**400, 2.0**360, 1022)}
 
+COPIED_VALUES = 2**22  # at a time
+
 
 def power_of_two(vectors: Tensor) -> Tensor:
     """A power of two for each of `vectors [..., C]`, `[..., 1]`, that brings its largest value near 1."""
@@ -58,7 +60,9 @@ def inverse_norms(vectors: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(vectors.dtype)
     safe, shift, _ = RANGES[dtype]
-    norm = torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype)
+    is_copied = vectors.is_cpu and vectors.dtype != dtype  # by torch, before it sums
+    rows = max(1, COPIED_VALUES // max(1, vectors.shape[1:].numel())) if is_copied else max(1, len(vectors))
+    norm = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in vectors.split(rows)])
     inverse: Tensor = norm.reciprocal()
     outside = (norm < 1 / safe) | (norm > safe)  # zero vectors among them
     if outside.any():

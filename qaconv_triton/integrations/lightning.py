@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ..distributed import local_rows, whole
+from ..distributed import local_rows
 from ..matcher import QAConv
 from ..sampler import GraphSampler
+from ..sharded.table import whole_on_cpu
 from ..validation import check_count
 
 try:
@@ -125,7 +126,7 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
         neighbors = self.matcher_of(pl_module).class_neighbors
         if neighbors is None or self._built_at is None:
             return
-        kept = {"neighbors": whole(neighbors).cpu().int(), "built_at": self._built_at}
+        kept = {"neighbors": whole_on_cpu(neighbors).int(), "built_at": self._built_at}
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             if isinstance(sampler := getattr(loader, "batch_sampler", None), GraphSampler):
                 kept["sampler"] = {**sampler.state_dict(), "epoch": trainer.current_epoch, "position": self._position}
@@ -152,7 +153,7 @@ class GraphSampling(lightning.Callback):  # type: ignore[misc]
             values["graph/changed"] = changed_share(before, neighbors)
         pl_module.log_dict(values, on_step=on_step, on_epoch=not on_step, batch_size=1, sync_dist=True)
         if self.draw is not None:
-            graph = whole(neighbors)
+            graph = whole_on_cpu(neighbors).long()
             writers = [each.experiment for each in trainer.loggers if hasattr(each.experiment, "add_figure")]
             for writer in writers if trainer.is_global_zero else ():
                 writer.add_figure("graph/neighbors", self.draw(graph), trainer.global_step)

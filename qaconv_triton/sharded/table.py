@@ -68,6 +68,13 @@ def rows_at(ids: DTensor, places: Tensor) -> Tensor:
     return found
 
 
+def whole_on_cpu(ids: Tensor) -> Tensor:
+    """A graph `[N, K]` as a whole on the CPU; of one that is sharded all ranks call it together, and gather int32."""
+    if not isinstance(ids, DTensor):
+        return ids.cpu()
+    return gathered_on_cpu(ids, lambda rows, first: rows, ids.shape[1])
+
+
 def gathered_on_cpu(ids: DTensor, select: Callable[[Tensor, int], Tensor], width: int) -> Tensor:
     """What `select` takes of all rows of sharded `ids [N, K]`, ids below N as well: `[N, width]`, int32 if they fit.
 
