@@ -98,6 +98,8 @@ def write_report(
     """
     worst = check_count(worst, "worst", low=1, high=None, why="queries to show")
     top = check_count(top, "top", low=1, high=None, why="gallery items to show")
+    if prefilter is not None:
+        prefilter = check_count(prefilter, "prefilter", low=1, high=None, why="gallery items to score")
     if not isinstance(matcher, QAConv):
         raise TypeError(f"matcher: expected a QAConv, got {type(matcher).__name__}")
     query, gallery = _as_tensors(matcher, query, "query"), _as_tensors(matcher, gallery, "gallery")
@@ -106,7 +108,7 @@ def write_report(
         if ranking is None:
             if k is None:
                 affordable = max(1, LIST_BYTES // (PLACE_BYTES * max(1, len(query.maps))))
-                k = min(len(gallery.maps), affordable) if prefilter is None else prefilter
+                k = max(1, min(len(gallery.maps), affordable if prefilter is None else prefilter))
             occ = {"query_occ": query.occ, "gallery_occ": gallery.occ}
             ranking = rank_gallery(matcher, query.maps, gallery.maps, k, **occ, prefilter=prefilter, progress=progress)
         scores, indices = _checked_ranking(ranking)

@@ -1,4 +1,4 @@
-"""The HTML report of an evaluation: what it says, and how a browser shows it on a phone, in the dark, by keyboard."""
+"""The HTML report of an evaluation: what it says, and how a browser shows it on a phone, in dark mode, by keyboard."""
 
 from __future__ import annotations
 
@@ -325,6 +325,7 @@ def test_page_and_command_say_what_short_lists_are_worth(
 
 
 SHORT = torch.zeros(5, 3)
+EMPTY = Features(torch.zeros(0, C, H, W), [], [], None, None)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +347,8 @@ SHORT = torch.zeros(5, 3)
         ({}, {"ranking": (SHORT, SHORT[:, 1:].long())}, ValueError, r"ranking: .* got \[5, 3\] and \[5, 2\]"),
         ({}, {"ranking": (SHORT, SHORT)}, TypeError, r"ranking: expected an integer dtype"),
         ({}, {"ranking": 5}, TypeError, r"ranking: expected scores and indices, .* got int"),
+        ({}, {"prefilter": "6"}, TypeError, "prefilter: expected an int, got str"),
+        ({}, {"gallery": EMPTY}, ValueError, "gallery: expected at least k = 1 maps, got none"),
         ({}, {"matcher": None}, TypeError, r"matcher: expected a QAConv, got NoneType"),
         ({}, {"gallery": None}, TypeError, r"gallery: expected Features, got NoneType"),
     ],
@@ -426,7 +429,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_tells_what_is_wrong(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (["--k", "13"], "13"), (["--prefix", "model"], "found none among 'criterion.matcher'"),
+        (["--k", "13"], "13"), (["--prefilter", "13"], "prefilter must be between 12 and 12 (k is 12 of 12"),
+        (["--prefilter", "0"], "prefilter must be at least 1"),
+        (["--prefix", "model"], "found none among 'criterion.matcher'"),
         (["--worst", "0"], "worst must be at least 1"), (["--device", "cuda:77"], "argument --device: 'cuda:77': "),
         (["--device", "gpu"], "argument --device: 'gpu': "),
     ):  # fmt: skip
