@@ -28,7 +28,7 @@ from torch import Tensor
 from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery
 from .evaluation.feature_store import as_texts, whole_file
 from .evaluation.reid import PLACES, as_integers, check_cameras, check_integers, hits_of_lists, mean_metrics
-from .evaluation.sources import Held, read_maps
+from .evaluation.sources import CPU, Held, as_tensor, read_maps
 from .matcher import QAConv
 from .matches import score_decimals, strongest_matches
 from .report_html import NO_BREAK, STYLE, Picture, curve_svg, matches_svg, percent
@@ -40,7 +40,6 @@ PIXELS = 256  # of a picture's longer side in the file
 JUNK_IDS = (-1,)
 LIST_BYTES = 2**30  # of the lists of all queries, where k is None
 PLACE_BYTES = 12  # of a score and an index
-CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -139,11 +138,10 @@ def _as_tensors(matcher: QAConv, features: Features, name: str) -> Features:
 
 def _checked_ranking(ranking: Any) -> tuple[Tensor, Tensor]:
     """Scores and indices of lists, tensors or arrays, on the CPU."""
-    try:
-        scores, indices = (torch.as_tensor(part, device=CPU) for part in ranking)
-    except (TypeError, ValueError, RuntimeError) as error:
-        expected = "scores and indices, as rank_gallery returns them"
-        raise TypeError(f"ranking: expected {expected}, got {type(ranking).__name__} ({error})") from error
+    expected = "scores and indices, as rank_gallery returns them"
+    if not isinstance(ranking, Sequence) or len(ranking) != 2:
+        raise TypeError(f"ranking: expected {expected}, got {type(ranking).__name__}")
+    scores, indices = (as_tensor(part, "ranking", expected).detach().cpu() for part in ranking)
     check_integers(indices, "ranking")
     if scores.shape != indices.shape:
         got = f"{list(scores.shape)} and {list(indices.shape)}"

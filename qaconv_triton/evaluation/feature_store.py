@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .reid import as_integers
-from .sources import is_array, read_chunks, read_maps
+from .sources import CPU, is_array, read_chunks, read_maps
 
 if TYPE_CHECKING:
     from .reid import Integers
@@ -30,7 +30,6 @@ DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 ROWS = 1024  # of a tensor that are written at a time
 ROUNDING = 1e-5  # how far a resize may leave visibility outside [0, 1]
 MAP_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CPU = torch.device("cpu")
 
 
 class Features(NamedTuple):
