@@ -350,7 +350,7 @@ def _page(
     left = queries - metrics.num_queries
     left_out = "Cameras are not known: no gallery image is left out but junk (identity -1)."
     if evaluation.query.cameras is not None:
-        left_out = "A gallery image of the query's identity and camera is left out of its list, and so is junk (-1)."
+        left_out = "A gallery image of the query's identity and camera is left out, and so is junk (identity -1)."
     notes = [
         f"Queries: {queries:,}. Gallery images: {items:,}. Maps: {matcher.num_features} × {matcher.height} × "
         f"{matcher.width}.",
