@@ -1,6 +1,6 @@
 """Seconds of `rank_gallery`, of all pairs and with a prefilter, and the recall that the prefilter costs.
 
-    python -m bench ranking                                     made-up maps: 3,368 queries, 15,913 gallery maps, C = 64
+    python -m bench ranking                                   synthetic maps: 3,368 queries, 15,913 gallery maps, C = 64
     python -m bench ranking --features query.safetensors gallery.safetensors --weights nearest.pt     of images.py
 
 All pairs are scored for the first `--queries` only; the seconds are those of these, not scaled up. Recall is that of
@@ -40,7 +40,7 @@ def make_maps(count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench ranking", description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", default="3368x15913x64x24x8", help="queries, gallery, C, H, W of made-up maps")
+    parser.add_argument("--case", default="3368x15913x64x24x8", help="queries, gallery, C, H, W of synthetic maps")
     parser.add_argument("--features", nargs=2, metavar="FILE", help="of save_features: queries and gallery")
     parser.add_argument("--weights", help="the matcher of --features")
     parser.add_argument("--queries", type=int, default=16, help="whose whole gallery is scored (16)")
@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     flops = 2 * locations**2 * shape[0] * len(query) * len(gallery)
     print(f"{len(query):,} queries, {len(gallery):,} gallery maps {list(shape)} {gallery.dtype} on {options.device},")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}. All pairs: {flops:.2e} FLOPs of products.\n")
-    print(f"| scored | queries | pairs | seconds | processor seconds | recall of the {TOP} best | of pooled maps |")
+    columns = f"recall of the {TOP} best | recall if pooled maps select"
+    print(f"| scored | queries | pairs | seconds | processor seconds | {columns} |")
     print("|---|---|---|---|---|---|---|")
     rank_gallery(matcher, query[:2], gallery[:4], 1)  # loads what the first call loads
     best = torch.empty(0)

@@ -7,7 +7,8 @@ What colours say, line styles, markers or signs say as well.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -39,9 +40,10 @@ ONE_WAY: tuple[str, Any] = (VERMILLION, (0, (2.5, 1.0)))
 PIL_MODES = ("1", "P", "PA", "LA", "CMYK", "YCbCr", "HSV", "LAB")  # whose numbers are no grey levels or RGB
 GREY = "0.45"
 WIDEST = 2.5  # points, of the line of the largest contribution
+PAIR_INCHES = 8.0, 3.4  # the most width and height of two pictures with their matches
 TILE_INCHES = 0.85  # the width of a picture in a figure of many
 ROW = 10  # pictures of a ranking
-TITLE_INCHES = 2.5  # the least width that a title of a ranking has
+TITLE_INCHES = 2.5  # the least width of a figure of a ranking with a title
 LEGEND_INCHES = 0.19  # the height of a line of a legend
 
 
@@ -100,9 +102,9 @@ def plot_matches(
     left, step = widths[0] + 0.4 * max(widths), 0.3  # of the right image: a step down keeps level lines apart
     across, down = left + widths[1], 1 + step
     if axes is None:
-        axes = Figure(
-            figsize=(max(3.4 * across / down, 2.6) + 0.2, 3.8 + 0.9 * legend), layout="constrained"
-        ).subplots()
+        scale = min(PAIR_INCHES[0] / across, PAIR_INCHES[1] / down)
+        size = max(scale * across, 2.6) + 0.2, scale * down + 0.4 + 0.9 * legend
+        axes = Figure(figsize=size, layout="constrained").subplots()
     ends: list[Any] = []
     for picture, width, (x, y), visible, location in zip(
         pictures, widths, ((0.0, 0.0), (left, step)), (probe_occ, gallery_occ), found[:2], strict=True
@@ -204,7 +206,7 @@ def plot_neighbors(
         axes = Figure(figsize=(scale * across + 0.2, scale * down + 0.5), layout="constrained").subplots()
     else:
         wide, high = _inches(axes)
-        scale = min(wide / across, high / down)
+        scale = min(wide / (across + 0.1), high / (down + 0.1))  # with margins
     decimals = score_decimals([] if similarities is None else similarities[anchors, :count].flatten().tolist())
     for place, row in enumerate(rows):
         for column, each in enumerate(row):
@@ -235,7 +237,7 @@ def plot_ranking(
     """Draw a query and the gallery images that are ranked best, framed by whether they show its identity.
 
     A right one has a solid blue frame and a check mark, a wrong one a dashed vermillion frame and a cross. What a
-    protocol leaves out of the list, such as images of the query's camera, is to be left out of it before.
+    protocol leaves out of the list, such as images of the query's identity and camera, is to be left out before.
 
     Args:
         query: an image of the kinds that `plot_matches` takes.
@@ -264,11 +266,11 @@ def plot_ranking(
     across, height = pitch * (min(len(gallery), ROW) + 1.3), 1.0 + (2.1 if scores is None else 3.1) * line
     down = rows * height - 0.5 * line
     decimals = score_decimals([] if scores is None else [float(score) for score in scores])
-    wide = scale * across if axes is None else _inches(axes)[0]
-    title = None if title is None else _wrapped(title, max(wide, TITLE_INCHES), FontProperties(size=10))
+    wide = max(scale * across, TITLE_INCHES * (title is not None)) if axes is None else _inches(axes)[0]
+    title = None if title is None else _wrapped(title, wide, FontProperties(size=10))
     if axes is None:
         lines = 0 if title is None else title.count("\n")
-        size = max(wide, 0.0 if title is None else TITLE_INCHES) + 0.2, scale * down + 0.4 + 0.17 * lines
+        size = wide + 0.2, scale * down + 0.4 + 0.17 * lines
         axes = Figure(figsize=size, layout="constrained").subplots()
     for rank, picture in enumerate(pictures):
         place, column = divmod(max(rank - 1, 0), ROW)
@@ -295,8 +297,8 @@ def plot_cmc(
 ) -> Figure:
     """Draw cumulative matching characteristics: the share of queries whose first true match has rank r or better.
 
-    The legend, or the title of a curve without a name, has the share at rank 1. The legend stands below a figure of its
-    own, and in the emptiest corner of `axes`.
+    The legend, or the title of a curve without a name, has the share at rank 1. The legend stands below the curves, in
+    `axes` within these; names that are too wide for it are shortened in the middle.
 
     Args:
         cmc: what `reid_metrics` returns, or the curve `[ranks]` in it, or several by name.
@@ -335,25 +337,26 @@ def plot_cmc(
     step = 1 if most < 8 else 5 * -(-most // 30)
     axes.set_xticks(sorted({1, *range(step, most + 1, step)}))
     axes.set(xlabel="rank", ylabel="share of queries matched", title=title)
-    gap = min(0.5, 0.06 + 0.03 * most)
-    axes.set(xlim=(1 - gap, most + gap), ylim=(None, 1.02))
+    gap, top = min(0.5, 0.06 + 0.03 * most), 1.02
+    low = min(0.9, 1.05 * axes.dataLim.y0 - 0.05 * top)  # of all curves in the axes; infinite if there are none
+    axes.set(xlim=(1 - gap, most + gap), ylim=(low, top))
+    axes.set_yticks([tick for tick in axes.get_yticks() if max(low, 0) <= tick <= 1])
     axes.grid(alpha=0.3)
-    below: dict[str, Any] = {}
     handles, labels = axes.get_legend_handles_labels()
-    if is_own and labels:
-        font = FontProperties(size=9)
-        columns = 2 if len(labels) > 1 and all(_fits(label, 1.9, font) for label in labels) else 1
-        labels = [_shortened(label, 4.4, font) for label in labels]
-        below = {
-            "loc": "upper center",
-            "bbox_to_anchor": (0.5, -0.16),
-            "ncols": columns,
-            "frameon": False,
-            "prop": font,
-        }
-        _figure(axes).set_figheight(3.7 + LEGEND_INCHES * -(-len(labels) // columns))
     if labels:
-        axes.legend(handles, labels, **below)
+        (wide, high), font = (5.1, 0.0) if is_own else _inches(axes), FontProperties(size=9)
+        wide -= 0.7  # of the line beside a name
+        columns = 2 if len(labels) > 1 and all(_fits(label, wide / 2 - 0.3, font) for label in labels) else 1
+        labels = [_shortened(label, wide, font) for label in labels]
+        inches = LEGEND_INCHES * -(-len(labels) // columns)
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        if is_own:
+            _figure(axes).set_figheight(3.7 + inches)
+        else:  # nothing makes room below the axes: it is made within them
+            inches += LEGEND_INCHES
+            axes.set_ylim(top - (top - low) * high / max(high - inches, 0.1 * high), top)
+            place = {"loc": "lower center"}
+        axes.legend(handles, labels, ncols=columns, frameon=False, prop=font, **place)
     return _figure(axes)
 
 
@@ -375,21 +378,31 @@ def _fits(text: str, inches: float, font: FontProperties) -> bool:
 
 def _shortened(text: str, inches: float, font: FontProperties) -> str:
     """A text with as much of its middle left out as it takes to be `inches` wide."""
-    shown = text
-    for kept in range(len(text) - 1, 1, -1):
-        if _fits(shown, inches, font):
-            break
-        shown = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
-    return shown
+
+    def without_middle(kept: int) -> str:
+        return text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
+
+    if len(text) < 3 or _fits(text, inches, font):
+        return text
+    return without_middle(_largest(2, len(text) - 1, lambda kept: _fits(without_middle(kept), inches, font)))
 
 
 def _wrapped(text: str, inches: float, font: FontProperties) -> str:
-    """A text in lines that are `inches` wide at most."""
-    for most in range(len(text), 1, -1):
-        lines = textwrap.wrap(text, most)
-        if all(_fits(line, inches, font) for line in lines):
-            return "\n".join(lines)
-    return text
+    """A text in lines that are `inches` wide at most, split where it has line breaks too."""
+
+    def split(line: str, most: int) -> list[str]:
+        return textwrap.wrap(line, most) or [""]
+
+    def split_to_fit(line: str) -> list[str]:
+        most = _largest(1, len(line), lambda most: all(_fits(part, inches, font) for part in split(line, most)))
+        return split(line, most)
+
+    return "\n".join(part for line in text.splitlines() for part in split_to_fit(line))
+
+
+def _largest(low: int, high: int, is_accepted: Callable[[int], bool]) -> int:
+    """The largest accepted number from `low`, which counts as accepted, to `high`, by bisection."""
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda number: not is_accepted(number))
 
 
 def _of_class(values: Any, number: int, name: str) -> Any:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .evaluation import Features, QueryMetrics, ReIDMetrics, load_features, query_metrics, rank_gallery
 from .evaluation.feature_store import as_texts, whole_file
-from .evaluation.reid import as_integers, check_cameras, check_integers, hits_of_lists, mean_metrics
-from .evaluation.sources import Held, read_maps
+from .evaluation.reid import PLACES, as_integers, check_cameras, check_integers, hits_of_lists, mean_metrics
+from .evaluation.sources import CPU, Held, as_tensor, read_maps
 from .matcher import QAConv
 from .matches import score_decimals, strongest_matches
 from .report_html import NO_BREAK, STYLE, Picture, curve_svg, matches_svg, percent
@@ -40,7 +40,6 @@ PIXELS = 256  # of a picture's longer side in the file
 JUNK_IDS = (-1,)
 LIST_BYTES = 2**30  # of the lists of all queries, where k is None
 PLACE_BYTES = 12  # of a score and an index
-CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 
@@ -98,6 +97,8 @@ def write_report(
     """
     worst = check_count(worst, "worst", low=1, high=None, why="queries to show")
     top = check_count(top, "top", low=1, high=None, why="gallery items to show")
+    if prefilter is not None:
+        prefilter = check_count(prefilter, "prefilter", low=1, high=None, why="gallery items to score")
     if not isinstance(matcher, QAConv):
         raise TypeError(f"matcher: expected a QAConv, got {type(matcher).__name__}")
     query, gallery = _as_tensors(matcher, query, "query"), _as_tensors(matcher, gallery, "gallery")
@@ -106,7 +107,7 @@ def write_report(
         if ranking is None:
             if k is None:
                 affordable = max(1, LIST_BYTES // (PLACE_BYTES * max(1, len(query.maps))))
-                k = min(len(gallery.maps), affordable) if prefilter is None else prefilter
+                k = max(1, min(len(gallery.maps), affordable if prefilter is None else prefilter))
             occ = {"query_occ": query.occ, "gallery_occ": gallery.occ}
             ranking = rank_gallery(matcher, query.maps, gallery.maps, k, **occ, prefilter=prefilter, progress=progress)
         scores, indices = _checked_ranking(ranking)
@@ -117,7 +118,7 @@ def write_report(
         page = _page(title, source, evaluation, metrics, shown, prefilter)
         part.write_text(page, encoding="utf-8", errors="backslashreplace")  # not every path is UTF-8
     if missing := evaluation.pictures.missing:
-        logger.warning("%d pictures could not be read, such as %r", len(missing), next(iter(missing)))
+        logger.warning("pictures that could not be read: %d, such as %r", len(missing), next(iter(missing)))
     return metrics
 
 
@@ -137,11 +138,10 @@ def _as_tensors(matcher: QAConv, features: Features, name: str) -> Features:
 
 def _checked_ranking(ranking: Any) -> tuple[Tensor, Tensor]:
     """Scores and indices of lists, tensors or arrays, on the CPU."""
-    try:
-        scores, indices = (torch.as_tensor(part, device=CPU) for part in ranking)
-    except (TypeError, ValueError, RuntimeError) as error:
-        expected = "scores and indices, as rank_gallery returns them"
-        raise TypeError(f"ranking: expected {expected}, got {type(ranking).__name__} ({error})") from error
+    expected = "scores and indices, as rank_gallery returns them"
+    if not isinstance(ranking, Sequence) or len(ranking) != 2:
+        raise TypeError(f"ranking: expected {expected}, got {type(ranking).__name__}")
+    scores, indices = (as_tensor(part, "ranking", expected).detach().cpu() for part in ranking)
     check_integers(indices, "ranking")
     if scores.shape != indices.shape:
         got = f"{list(scores.shape)} and {list(indices.shape)}"
@@ -286,15 +286,18 @@ class _Evaluation:
         counted = [row for row in range(len(precision)) if precision[row] == precision[row]]
         return sorted(counted, key=lambda row: (precision[row], -first[row]))[:count]
 
-    def kept(self, row: int) -> Tensor:
-        """The places of a query's list that count: not junk, not its own identity in its own camera."""
-        items, query, gallery = self.indices[row], self.query, self.gallery
-        cameras = None if query.cameras is None else query.cameras[row : row + 1]
+    def are_kept(self, rows: Sequence[int]) -> Tensor:
+        """The places of queries' lists that count, bool: not junk, not the query's identity in its own camera."""
+        places, query, gallery = self.indices[rows].long(), self.query, self.gallery
+        of_rows = query.ids[rows], None if query.cameras is None else query.cameras[rows]
         is_junk = torch.isin(gallery.ids, torch.tensor(JUNK_IDS, device=CPU))
-        of_query = query.ids[row : row + 1], cameras
-        _, is_left_out = hits_of_lists(items.long().unsqueeze(0), *of_query, gallery.ids, gallery.cameras, is_junk)
-        is_out = is_left_out[0] | (items < 0)
-        return is_out.logical_not().nonzero().flatten()
+        return ~(hits_of_lists(places, *of_rows, gallery.ids, gallery.cameras, is_junk)[1] | (places < 0))
+
+    def exact_ranks(self) -> int:
+        """How many images the shortest list has that count: the r up to which Rank-r is that of full lists."""
+        rows = self.of_queries.average_precision.isfinite().nonzero().flatten()
+        blocks = rows.split(max(1, PLACES // self.indices.shape[1]))
+        return min(int(self.are_kept(block.tolist()).sum(dim=1).min()) for block in blocks)
 
     def drawing(self, row: int, place: int, name: str, decimals: int) -> str:
         """A picture of the matches of a query and an item of its list."""
@@ -328,8 +331,8 @@ def _bounds(ranked: int, items: int, prefilter: int | None) -> str:
     if ranked < items:
         return (
             f"A list has the best {ranked:,} of {items:,} gallery images. True matches that are not in it count as "
-            "never found: mAP and mINP are lower bounds of those of full lists, and so is Rank-k where images were "
-            "left out of a list."
+            "never found: mAP and mINP are lower bounds of those of full lists, and so is Rank-r for r above the "
+            "length of the shortest list without the images that are left out of it."
         )
     return ""
 
@@ -345,19 +348,20 @@ def _page(
     queries, ranked = evaluation.indices.shape
     items, matcher = len(evaluation.gallery.ids), evaluation.matcher
     left = queries - metrics.num_queries
+    left_out = "Cameras are not known: no gallery image is left out but junk (identity -1)."
+    if evaluation.query.cameras is not None:
+        left_out = "A gallery image of the query's identity and camera is left out, and so is junk (identity -1)."
     notes = [
-        f"{queries:,} queries, {items:,} gallery images, maps of {matcher.num_features} × {matcher.height} × "
+        f"Queries: {queries:,}. Gallery images: {items:,}. Maps: {matcher.num_features} × {matcher.height} × "
         f"{matcher.width}.",
-        "Average precision is plain: the mean of the precision at the rank of each true match. A gallery image of the "
-        "query's identity and camera is left out of its list, and so is junk (identity -1)."
-        if evaluation.query.cameras is not None and evaluation.gallery.cameras is not None
-        else "Average precision is plain: the mean of the precision at the rank of each true match. Cameras are not "
-        "known: no gallery image is left out but junk (identity -1).",
+        f"Average precision is plain: the mean of the precision at the rank of each true match. {left_out}",
     ]
     if left:
         notes.append(f"Queries without a true match in the gallery, which do not count: {left:,}.")
     if bounds := _bounds(ranked, items, prefilter):
         notes.append(bounds)
+        if prefilter is None and metrics.num_queries:
+            notes.append(f"Rank-r is exact up to r = {evaluation.exact_ranks():,}.")
     is_unordered = evaluation.scores[:, 0].isnan()
     if is_unordered.any():
         notes.append(
@@ -407,8 +411,9 @@ def _page(
 # what lines and shades in the drawings of `matches_svg` mean
 LEGEND = """<p>By average precision, lowest first. Lines join the local matches that add most to a score, the wider the
 more: <span class="key both">solid</span> where each location is the other's best match,
-<span class="key one">dashed</span> where only the location at the end with the dot has its best match at the other end.
-The gallery image stands a step lower, so that lines stand apart. Occluded locations are shaded.</p>"""
+<span class="key one">dashed</span> for a one-way match: the location with the dot has its best match at the other end,
+which has a better one elsewhere. The gallery image stands a step lower, so that lines stand apart. Occluded locations
+are shaded.</p>"""
 
 
 def _curve_columns(curve: list[float]) -> str:
@@ -433,7 +438,7 @@ def _query_section(evaluation: _Evaluation, row: int, top: int, *, is_open: bool
         evaluation.of_queries.first_match[row].item(),
     )
     picture = evaluation.pictures.read(query.paths, row)
-    places = evaluation.kept(row)
+    places = evaluation.are_kept([row])[0].nonzero().flatten()
     decimals = score_decimals(evaluation.scores[row, places[:top]].tolist())
     captions = [_figure(picture, "query", f"Query {row}", _facts(query, row), "query")]
     for rank, place in enumerate(places[:top].tolist(), start=1):
@@ -448,12 +453,13 @@ def _query_section(evaluation: _Evaluation, row: int, top: int, *, is_open: bool
     if first_place is not None and first > 1:
         pairs.append((f"First true match, rank {int(first)}", first_place))
     drawn = [evaluation.drawing(row, place, name, decimals) for name, place in pairs]
+    shown = f'<div class="drawings">{"".join(drawn)}</div>' if drawn else "<p>All listed images are left out.</p>"
     where = f"first true match at rank {int(first)}" if first_place is not None else "no true match in the list"
     name = f" <span class='path'>{escape(query.paths[row])}</span>" if query.paths is not None else ""
     return f"""<details{" open" if is_open else ""}>
 <summary>Query {row}{name}: AP {percent(precision)}, {where}</summary>
 <div class="ranking">{"".join(captions)}</div>
-<div class="drawings">{"".join(drawn)}</div>
+{shown}
 </details>
 """
 
@@ -465,7 +471,7 @@ def _facts(features: Features, row: int) -> str:
 
 def _origin(features: Features, row: int) -> str:
     """Which picture of the features it is: its row, and the name of its file."""
-    return f"row {row}" + ("" if features.paths is None else f" ({escape(Path(features.paths[row]).name)})")
+    return f"row {row}" + ("" if features.paths is None else f", {escape(Path(features.paths[row]).name)}")
 
 
 def _figure(picture: Picture | None, kind: str, label: str, facts: str, what: str, origin: str = "") -> str:

@@ -23,19 +23,21 @@ class Picture(NamedTuple):
 def matches_svg(
     matches: Matches, pictures: Sequence[Picture | None], occ: Sequence[Tensor | None], size: torch.Size, label: str
 ) -> str:
-    """Both pictures, 200 high, the second a step lower so that level lines stand apart, and lines between them."""
+    """Both pictures, 200 high or wide, the second a step lower so that level lines stand apart, and lines between."""
     rows, columns = size
-    widths = [200 * (columns / rows if each is None else each.aspect) for each in pictures]
-    corners = (0.0, 0.0), (widths[0] + 0.4 * max(widths), 60.0)
+    aspects = [columns / rows if each is None else each.aspect for each in pictures]
+    height = 200 / max(1.0, *aspects)
+    widths, step = [height * aspect for aspect in aspects], 0.3 * height
+    corners = (0.0, 0.0), (widths[0] + 0.4 * max(widths), step)
     parts = []
     for each, visibility, width, (x, y) in zip(pictures, occ, widths, corners, strict=True):
-        box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="200"'
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
         if each is not None:
             parts.append(f'<image {box} preserveAspectRatio="none" href="{each.uri}"/>')
         for place, visible in enumerate([] if visibility is None else visibility.flatten().tolist()):
             if visible < 1:
-                left, top = x + place % columns * width / columns, y + place // columns * 200 / rows
-                cell = f'x="{left:.1f}" y="{top:.1f}" width="{width / columns:.1f}" height="{200 / rows:.1f}"'
+                left, top = x + place % columns * width / columns, y + place // columns * height / rows
+                cell = f'x="{left:.1f}" y="{top:.1f}" width="{width / columns:.1f}" height="{height / rows:.1f}"'
                 parts.append(f'<rect {cell} class="occluded" fill-opacity="{0.6 * (1 - visible):.2f}"/>')
         parts.append(f'<rect {box} class="frame"/>')
     columns_of = (part.cpu().tolist() for part in matches)
@@ -44,7 +46,7 @@ def matches_svg(
         if not added > 0:
             continue
         ends = [
-            (x + width * (place % columns + 0.5) / columns, y + 200 * (place // columns + 0.5) / rows)
+            (x + width * (place % columns + 0.5) / columns, y + height * (place // columns + 0.5) / rows)
             for place, width, (x, y) in zip((probe, item), widths, corners, strict=True)
         ]
         line = " ".join(
@@ -56,7 +58,7 @@ def matches_svg(
         for (x, y), is_chooser in zip(ends, (of_probe, of_gallery), strict=True):
             if is_chooser:
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="{kind}"/>')
-    view = f"-2 -2 {corners[1][0] + widths[1] + 4:.1f} 264"
+    view = f"-2 -2 {corners[1][0] + widths[1] + 4:.1f} {height + step + 4:.1f}"
     options = f'viewBox="{view}" preserveAspectRatio="xMinYMid" role="img" aria-label="{label}"'
     return f"<svg {options}><title>{label}</title>{''.join(parts)}</svg>"
 

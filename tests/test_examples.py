@@ -42,9 +42,9 @@ def test_training_script() -> None:
 
 def test_tutorial(capsys: pytest.CaptureFixture[str]) -> None:
     names = run(DOCS / "tutorial.md")
-    assert names["metrics"].mAP > 0.5  # of 16 unseen identities, with visibility maps; chance is about a tenth
+    without, by_visibility = map(float, re.findall(r"mAP ([\d.]+)", capsys.readouterr().out))
+    assert by_visibility > max(0.5, without + 0.05)  # of 16 unseen identities; chance is about a tenth
     assert names["loss"].isfinite().all()
-    assert capsys.readouterr().out.count("mAP") == 2
 
 
 def test_code_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"maps": INF, "dtype": torch.float32}, ValueError, r"got row 5: .* before the conversion to torch\.float32"),
     ({"occ": torch.full_like(OCC, 255)}, ValueError, r"occ: expected visibility in \[0, 1\], got 255 in row 0"),
     ({"occ": [OCC[:6], -OCC[6:, 0]], "maps": [MAPS[:6], MAPS[6:]]}, ValueError, r"in \[0, 1\], got -.* in row [6-9]"),
+    ({"occ": torch.full_like(OCC, 1.0001)}, ValueError, r"occ: expected visibility in \[0, 1\], got 1\.0001"),
+    ({"occ": torch.full_like(OCC, torch.inf)}, ValueError, r"occ: expected visibility in \[0, 1\], got inf in row 0"),
     ({"occ": NAN[:, :1]}, ValueError, r"occ: expected finite numbers, got row 3"),
     ({"maps": TINY}, ValueError, r"maps: torch\.float16 cannot hold row 9, whose largest magnitude is 1e-09"),
     ({"occ": OCC[1:]}, ValueError, rf"occ: expected shape \[{M}, 1, {H}, {W}\]"),
@@ -177,6 +179,19 @@ def test_numbers_that_fit_are_kept(tmp_path: Path) -> None:
     assert torch.equal(load_features(saved(tmp_path, maps=odd)).maps, odd.half())
     wide = load_features(saved(tmp_path, maps=BIG, dtype=torch.bfloat16))
     assert torch.equal(wide.maps, BIG.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_visibility_of_a_resize_and_of_a_sigmoid_is_stored_in_0_to_1(dtype: torch.dtype, tmp_path: Path) -> None:
+    resized = torch.nn.functional.interpolate(
+        torch.ones(M, 1, 64, 32), size=(H, W), mode="bilinear", antialias=True, align_corners=False
+    )
+    resized[:3], resized[3] = 1 + 2e-7, -2e-7
+    hidden = torch.full_like(OCC, -20.0).sigmoid()  # 2e-9: zero in fp16
+    for occ in (resized, hidden):
+        stored = load_features(saved(tmp_path, occ=occ, dtype=dtype)).occ
+        assert stored is not None
+        assert torch.equal(stored, occ.clamp(0, 1).to(dtype))
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])

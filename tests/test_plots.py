@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -194,12 +194,48 @@ def test_neighbors_stand_beside_their_class() -> None:
 def test_wide_names_lose_their_middle() -> None:
     neighbors, names = torch.tensor([[1], [0]]), ["0002_c1s1_000451_03", "WWWWWWWWWWWWWW"]
     for axes in (None, Figure(figsize=(3, 3)).subplots()):
-        for shown, name in zip(texts(plots.plot_neighbors(neighbors, names=names, axes=axes))[:2], names, strict=True):
-            start, end = shown.split("…")
-            assert name.startswith(start)
-            assert name.endswith(end)
-            assert len(start) - len(end) in (0, 1)
+        figure = plots.plot_neighbors(neighbors, names=names, axes=axes)
+        figure.draw_without_rendering()
+        (drawn,) = figure.axes
+        (start, _), (end, _) = drawn.transData.transform([(0, 0), (1, 0)])  # of a column, 1 wide without pictures
+        for text, name in zip(drawn.texts[:2], names, strict=True):
+            width = text.get_window_extent().width
+            assert 0.7 * (end - start) < width < 1.1 * (end - start)  # the next stands 1.12 to the right
+            first, last = text.get_text().split("…")
+            assert name.startswith(first)
+            assert name.endswith(last)
+            assert len(first) - len(last) in (0, 1)
     assert texts(plots.plot_neighbors(neighbors, names=["person 12", "Bob"]))[:2] == ["person 12", "Bob"]
+
+
+def test_a_long_text_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    measure = plots.text_to_path.get_text_width_height_descent
+
+    def counting(text: str, *options: Any, **keywords: Any) -> Any:
+        measured.append(text)
+        return measure(text, *options, **keywords)
+
+    monkeypatch.setattr(plots.text_to_path, "get_text_width_height_descent", counting)
+    plots.plot_neighbors(torch.tensor([[1], [0]]), names=["W" * 1000, "V" * 1000])
+    assert 0 < len(measured) <= 4 * 12  # of four names; 2 ** 10 is more than 1000
+    measured.clear()
+    axes = plots.plot_ranking(TALL, [TALL], [True], title="an image " * 100).axes[0]
+    assert 0 < len(measured) <= 200
+    assert " ".join(axes.get_title().split()) == " ".join(["an image"] * 100)
+
+
+def test_titles_stay_within_axes_that_are_given() -> None:
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    for axes in figure.subplots(1, 3):
+        title = "query 0002_c1s1_000451.jpg\n\nof camera 1"
+        plots.plot_ranking(TALL, [TALL] * 2, [True, False], title=title, axes=axes)
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(first.x1 < second.x0 for first, second in pairwise(boxes))
+    assert boxes[0].x0 >= 0
+    assert boxes[-1].x1 <= figure.bbox.x1
+    assert all(axes.get_title().endswith("\n\nof camera 1") for axes in figure.axes)
 
 
 def test_right_and_wrong_differ_without_colours() -> None:
@@ -255,6 +291,7 @@ def figures() -> dict[str, Figure]:
     return {
         "matches": plots.plot_matches(matcher, probe, gallery, TALL, TALL),
         "wide matches": plots.plot_matches(matcher, probe, gallery, WIDE, WIDE),
+        "panoramas": plots.plot_matches(matcher, probe, gallery, torch.rand(20, 80), torch.rand(20, 80)),
         "ranking": plots.plot_ranking(square[0], square[1:], right, scores=scores, title="query 1"),
         "tall ranking": plots.plot_ranking(tall[0], tall[1:], right, scores=scores),
         "neighbors": plots.plot_neighbors(neighbors, square, similarities=similar, names=["U+1234"] * 3),
@@ -273,6 +310,24 @@ def test_a_legend_covers_no_curve() -> None:
     (axes,) = plots.plot_cmc({str(i): torch.linspace(i / 10, 0.5 + i / 12, 50) for i in range(6)}, ranks=50).axes
     axes.figure.draw_without_rendering()
     assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+    figure = Figure(figsize=(8, 4))
+    for axes, word in zip(figure.subplots(1, 2), ("", "of the nearest " * 6), strict=True):
+        plots.plot_cmc({f"{word}{i}": torch.linspace(i / 10, 0.5 + i / 12, 50) for i in range(4)}, axes=axes)
+        figure.draw_without_rendering()
+        legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert inside.x0 < legend.x0 < legend.x1 < inside.x1
+        assert inside.y0 < legend.y0
+        lowest = min(line.get_ydata().min() for line in axes.lines)
+        assert legend.y1 < axes.transData.transform((1, lowest))[1]
+
+
+def test_no_share_is_marked_above_1_or_below_0() -> None:
+    for curve in (torch.ones(20), torch.linspace(0, 1, 20), torch.linspace(0.97, 1, 20)):
+        for axes in (None, Figure().subplots()):
+            ticks = plots.plot_cmc({"a": curve}, axes=axes).axes[0].get_yticks()
+            assert len(ticks) > 2
+            assert min(ticks) >= 0
+            assert max(ticks) <= 1 + 1e-9
 
 
 def test_labels_are_inside_and_do_not_overlap() -> None:
@@ -298,7 +353,7 @@ def test_nothing_is_shown_or_kept_by_pyplot(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(pyplot, "show", lambda *_, **__: pytest.fail("a window opens"))
     before, backend = pyplot.get_fignums(), matplotlib.get_backend(auto_select=False)
-    assert len(figures()) == 13
+    assert all(figure.canvas.manager is None for figure in figures().values())
     assert pyplot.get_fignums() == before
     assert matplotlib.get_backend(auto_select=False) == backend
 

@@ -263,7 +263,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = [
     ({"query": QUERY.to_sparse()}, TypeError, ("query: expected a dense tensor",)),
     ({"query": QUERY.to("meta")}, ValueError, ("query", "meta")),
     ({"query": 3}, TypeError, ("query", "int")),
-    ({"query": FEATURES}, TypeError, ("query: expected a tensor", "got Features: pass its .maps")),
+    ({"query": FEATURES}, TypeError, ("query: expected", "got Features: pass its .maps, and its .occ as query_occ")),
     ({"gallery": FEATURES, "prefilter": 8}, TypeError, ("gallery", "got Features: pass its .maps")),
     ({"query": ["picture.jpg"]}, TypeError, ("query, chunk 1", "str")),
     ({"gallery": [(GALLERY, GALLERY)]}, TypeError, ("gallery, chunk 1", "tuple")),

@@ -1,4 +1,4 @@
-"""The HTML report of an evaluation: what it says, and how a browser shows it on a phone, in the dark, by keyboard."""
+"""The HTML report of an evaluation: what it says, and how a browser shows it on a phone, in dark mode, by keyboard."""
 
 from __future__ import annotations
 
@@ -122,10 +122,10 @@ def test_metrics_and_worst_queries_are_those_of_the_evaluation(report: Path) -> 
     ]
     captions = re.findall(
         r"<strong>(\d+) . (right|wrong)</strong> identity (-?\d+), camera (\d), score ([-\d.]+)"
-        r"<br>row (\d+) \(([^)]+)\)",
+        r"<br>row (\d+), ([^<]+)<",
         page,
     )
-    expected = []
+    expected, later = [], 0
     for row in worst:
         places = []
         for place, item in enumerate(indices[row].tolist()):
@@ -140,8 +140,10 @@ def test_metrics_and_worst_queries_are_those_of_the_evaluation(report: Path) -> 
             expected.append((str(rank), word, str(identity), str(camera), f"{score:.{decimals}f}", *origin))
         rank, (_, item, score) = next((i, place) for i, place in enumerate(places, start=1) if place[0])
         if rank > 1:
+            later += 1
             what = f"First true match, rank {rank}: score {score:.{decimals}f}, identity {int(GALLERY_IDS[item])}, "
-            assert f"{what}camera {int(GALLERY_CAMERAS[item])}, row {item} (gallery {item} é&amp;.png)<" in page
+            assert f"{what}camera {int(GALLERY_CAMERAS[item])}, row {item}, gallery {item} é&amp;.png<" in page
+    assert later
     assert captions == expected
 
 
@@ -237,6 +239,18 @@ def test_pictures_are_small_and_a_missing_one_is_told(
     assert max(len(uri) for uri in re.findall(r'(?:src|href)="(data:image[^"]+)"', page)) < 20_000
 
 
+def test_drawings_of_wide_pictures_are_not_wider_than_others(tmp_path: Path) -> None:
+    query, gallery = features()
+    Image.new("RGB", (256, 64)).save(tmp_path / "wide.png")
+    wide = query._replace(paths=["wide.png"] * 5), gallery._replace(paths=["wide.png"] * 12)
+    write_report(tmp_path / "report.html", matcher(), *wide, images=tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'<svg viewBox="-2 -2 ([^"]+)"', page)) == {"484.0 69.0"}
+    assert set(re.findall(r'<image x="[^"]+" y="[^"]+" (width="[^"]+" height="[^"]+")', page)) == {
+        'width="200.0" height="50.0"'
+    }
+
+
 def test_without_paths_there_are_no_pictures(tmp_path: Path) -> None:
     query, gallery = features()
     ranking = rank_gallery(matcher(), query.maps, gallery.maps, 3)
@@ -297,7 +311,23 @@ def test_lists_are_bounded_where_k_is_none(tmp_path: Path, monkeypatch: pytest.M
     assert len(metrics.cmc) == 7
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "A list has the best 7 of 12 gallery images." in page
-    assert "mAP and mINP are lower bounds of those of full lists, and so is Rank-k where images were left out" in page
+    assert "mAP and mINP are lower bounds of those of full lists, and so is Rank-r for r above" in page
+
+
+def test_a_short_list_says_which_ranks_are_exact(tmp_path: Path) -> None:
+    """Query 0 has one of its own camera first, and query 2 junk and one of its own camera, which is all of its list."""
+    query, gallery = features()
+    indices = torch.tensor([[0, 1, 2], [3, 4, 6], [8, 5, 9], [6, 0, 1], [8, 9, 0]])
+    scores = torch.tensor([3.0, 2.0, 1.0]).expand(5, -1)
+    for count, exact, empty in ((5, 0, 1), (2, 2, 0)):
+        some = query._replace(
+            maps=query.maps[:count], ids=QUERY_IDS[:count], cameras=QUERY_CAMERAS[:count], occ=query.occ[:count]
+        )
+        ranking = scores[:count], indices[:count]
+        write_report(tmp_path / "report.html", matcher(), some, gallery, ranking=ranking)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert f"<p>Rank-r is exact up to r = {exact}.</p>" in page
+        assert page.count("<p>All listed images are left out.</p>") == empty
 
 
 @pytest.mark.parametrize(
@@ -325,6 +355,7 @@ def test_page_and_command_say_what_short_lists_are_worth(
 
 
 SHORT = torch.zeros(5, 3)
+EMPTY = Features(torch.zeros(0, C, H, W), [], [], None, None)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +377,8 @@ SHORT = torch.zeros(5, 3)
         ({}, {"ranking": (SHORT, SHORT[:, 1:].long())}, ValueError, r"ranking: .* got \[5, 3\] and \[5, 2\]"),
         ({}, {"ranking": (SHORT, SHORT)}, TypeError, r"ranking: expected an integer dtype"),
         ({}, {"ranking": 5}, TypeError, r"ranking: expected scores and indices, .* got int"),
+        ({}, {"prefilter": "6"}, TypeError, "prefilter: expected an int, got str"),
+        ({}, {"gallery": EMPTY}, ValueError, "gallery: expected at least k = 1 maps, got none"),
         ({}, {"matcher": None}, TypeError, r"matcher: expected a QAConv, got NoneType"),
         ({}, {"gallery": None}, TypeError, r"gallery: expected Features, got NoneType"),
     ],
@@ -426,7 +459,9 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_the_command_tells_what_is_wrong(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
-        (["--k", "13"], "13"), (["--prefix", "model"], "found none among 'criterion.matcher'"),
+        (["--k", "13"], "13"), (["--prefilter", "13"], "prefilter must be between 12 and 12 (k is 12 of 12"),
+        (["--prefilter", "0"], "prefilter must be at least 1"),
+        (["--prefix", "model"], "found none among 'criterion.matcher'"),
         (["--worst", "0"], "worst must be at least 1"), (["--device", "cuda:77"], "argument --device: 'cuda:77': "),
         (["--device", "gpu"], "argument --device: 'gpu': "),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ def test_pairs_may_be_lists_and_arrays() -> None:
         metrics = verification_metrics(*given)
         assert torch.equal(metrics.thresholds, expected.thresholds)
         assert metrics[3:] == expected[3:]
-    assert verification_metrics([3, 2, 1], [True, False, True]).tar.tolist() == [0, 0.5, 0.5, 1]
+    for integers in ([3, 2, 1], np.array([3, 2, 1]), torch.tensor([3, 2, 1])):
+        assert verification_metrics(integers, [True, False, True]).tar.tolist() == [0, 0.5, 0.5, 1]
 
 
 WRONG: list[tuple[Any, Any, type[Exception], str]] = [
@@ -156,12 +158,8 @@ WRONG: list[tuple[Any, Any, type[Exception], str]] = [
     ([1.0], None, TypeError, r"same: expected a tensor, an array or a list \[B\], got NoneType"),
     ([1.0], [1], TypeError, r"same: expected torch\.bool, got torch\.int64"),
     (torch.ones(2), torch.ones(2), TypeError, r"same: expected torch\.bool, got torch\.float32"),
-    (
-        torch.ones(2).long(),
-        torch.ones(2).bool(),
-        TypeError,
-        r"scores: expected a floating-point dtype",
-    ),
+    ([True], [True], TypeError, r"scores: expected real numbers, got torch\.bool"),
+    (torch.ones(2).cfloat(), torch.ones(2).bool(), TypeError, r"scores: expected real numbers, got torch\.complex64"),
     (torch.ones(2), torch.ones(3).bool(), ValueError, r"got \[2\] and \[3\]"),
     (torch.ones(2, 1), torch.ones(2, 1).bool(), ValueError, r"got \[2, 1\] and \[2, 1\]"),
     (torch.ones(0), torch.ones(0).bool(), ValueError, r"B >= 1, got \[0\]"),

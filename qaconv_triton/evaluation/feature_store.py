@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .reid import as_integers
-from .sources import is_array, read_chunks, read_maps
+from .sources import CPU, is_array, read_chunks, read_maps
 
 if TYPE_CHECKING:
     from .reid import Integers
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 CONTENT = "qaconv_triton features, version 1"  # in the metadata
 DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 ROWS = 1024  # of a tensor that are written at a time
+ROUNDING = 1e-5  # how far a resize may leave visibility outside [0, 1]
 MAP_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CPU = torch.device("cpu")
 
 
 class Features(NamedTuple):
@@ -74,8 +74,8 @@ def save_features(
             iterable of chunks `[m, C, H, W]`, which is never held whole.
         ids: identities `[M]`, integers: a tensor, a list or an array.
         cameras: cameras `[M]`, integers.
-        occ: visibility `[M, 1, H, W]` or `[M, H, W]` in [0, 1]: as an array, or in chunks, which are then of the same
-            sizes as those of maps.
+        occ: visibility `[M, 1, H, W]` or `[M, H, W]` in [0, 1], to which rounding errors of 1e-5 are clamped: as an
+            array, or in chunks, which are then of the same sizes as those of maps.
         paths: of the M pictures.
         dtype: torch.float16, torch.bfloat16 or torch.float32, that maps and visibility are written in.
 
@@ -259,9 +259,11 @@ def _write(file: BinaryIO, offset: int, tensor: Tensor) -> None:
 def _narrowed(values: Tensor, dtype: torch.dtype, first: int, name: str) -> Tensor:
     """Values `[m, ...]` in `dtype`, if they are finite and it can hold them: rows `first` and on, for the message."""
     values = values.detach().flatten(1)
-    narrow = values.to(dtype)
+    narrow = (values.clamp(0, 1) if name == "occ" else values).to(dtype)
     largest = values.abs().amax(dim=1)
-    is_wrong = ~narrow.isfinite().all(dim=1) | ((largest > 0) & (narrow == 0).all(dim=1))
+    is_wrong = ~narrow.isfinite().all(dim=1)
+    if name != "occ":  # visibility that is rounded to zeros is what it says: hidden
+        is_wrong |= (largest > 0) & (narrow == 0).all(dim=1)
     if bool(is_wrong.any()):
         row = int(is_wrong.nonzero()[0])
         if count := int((~values[row].isfinite()).sum()):
@@ -273,7 +275,7 @@ def _narrowed(values: Tensor, dtype: torch.dtype, first: int, name: str) -> Tens
             f"its numbers are from {limits.tiny * limits.eps:.3g} to {limits.max:.3g}; scale the maps, or pass "
             "another dtype"
         )
-    if name == "occ" and bool((is_outside := ((narrow < 0) | (narrow > 1))).any()):
+    if name == "occ" and bool((is_outside := ((values < -ROUNDING) | (values > 1 + ROUNDING))).any()):
         row, place = is_outside.nonzero()[0].tolist()
         raise ValueError(f"occ: expected visibility in [0, 1], got {values[row, place]:.9g} in row {first + row}")
     return narrow

@@ -87,7 +87,7 @@ def rank_gallery(
         raise ValueError("matcher: expected batch norms with running statistics: else blocks change scores")
     check_flag(progress, "progress")
     if prefilter is not None and not is_array(gallery):
-        check_iterable(gallery, "gallery")
+        check_iterable(gallery, "gallery", "gallery_occ")
         raise ValueError(
             f"prefilter={prefilter} reads the gallery twice: expected a tensor or a NumPy array, which may be "
             f"memory-mapped, got {type(gallery).__name__}; torch.cat(chunks) joins chunks, in memory"

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common.dtypes import accumulation_dtype
 from ..functional import prepare_maps
 from ..validation import check_count, check_index, check_layout, check_maps
-from .sources import is_array, read_maps, take
+from .sources import CPU, as_tensor, read_maps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Integers = Tensor | Sequence[int] | np.ndarray[Any, Any]
 
+NAMES_HINT = "; number names first, those of query and gallery together: np.unique(names, return_inverse=True)[1]"
 PLACES = 2**22  # of lists that are looked at at a time
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class ReIDMetrics(NamedTuple):
 
 
 def reid_metrics(
-    indices: Tensor | np.ndarray[Any, Any],
+    indices: Tensor | Sequence[Sequence[int]] | np.ndarray[Any, Any],
     query_ids: Integers,
     gallery_ids: Integers,
     query_cameras: Integers | None = None,
@@ -92,8 +93,8 @@ def reid_metrics(
     so is the CMC at ranks above k less the number of items that are left out of a list.
 
     Args:
-        indices: integers `[Q, k]`, the rows of the gallery from best to worst, as `rank_gallery` returns them: a tensor
-            or an array. At -1 there is nothing, as where FAISS finds fewer than k.
+        indices: integers `[Q, k]`, the rows of the gallery from best to worst, as `rank_gallery` returns them: a
+            tensor, a list or an array. At -1 there is nothing, as where FAISS finds fewer than k.
         query_ids: identities `[Q]`, integers: a tensor, a list or an array.
         gallery_ids: identities `[G]`.
         query_cameras: cameras `[Q]`, with `gallery_cameras`.
@@ -115,6 +116,7 @@ def reid_metrics(
         >>> [round(value, 3) for value in (metrics.mAP, metrics.mINP, *metrics.cmc.tolist())]
         [0.583, 0.667, 0.0, 1.0, 1.0]
     """
+    indices = as_tensor(indices, "indices", "integers [Q, k]")
     of_queries = query_metrics(indices, query_ids, gallery_ids, query_cameras, gallery_cameras, junk_ids=junk_ids)
     return mean_metrics(of_queries, indices.shape[1])
 
@@ -132,7 +134,7 @@ def mean_metrics(of_queries: QueryMetrics, ranks: int) -> ReIDMetrics:
 
 
 def query_metrics(
-    indices: Tensor | np.ndarray[Any, Any],
+    indices: Tensor | Sequence[Sequence[int]] | np.ndarray[Any, Any],
     query_ids: Integers,
     gallery_ids: Integers,
     query_cameras: Integers | None = None,
@@ -161,12 +163,7 @@ def query_metrics(
         >>> query_metrics(torch.tensor([[2, 0], [0, 1]]), [7, 8], [7, 7, 8]).first_match.tolist()
         [2.0, inf]
     """
-    if not is_array(indices):
-        raise TypeError(f"indices: expected an integer tensor [Q, k], got {type(indices).__name__}")
-    try:
-        indices = indices if isinstance(indices, Tensor) else take(indices, slice(None), torch.device("cpu"))
-    except TypeError as error:
-        raise TypeError(f"indices: expected an integer dtype, got {indices.dtype}") from error
+    indices = as_tensor(indices, "indices", "integers [Q, k]")
     check_integers(indices, "indices")
     if indices.dim() != 2 or indices.shape[1] == 0:
         raise ValueError(f"indices: expected shape [Q, k] with k of at least 1, got {list(indices.shape)}")
@@ -253,7 +250,7 @@ def average_queries(
         ([1, 3, 3], [0, 0, 1])
     """
     if not isinstance(maps, Tensor):
-        maps = read_maps({}, maps, None, "maps", "").rows(slice(None), torch.device("cpu"))[0]
+        maps = read_maps({}, maps, None, "maps", "").rows(slice(None), CPU)[0]
     check_maps(maps, "maps")
     keys = [as_integers(ids, "ids", maps.device, len(maps), "maps")]
     if cameras is not None:
@@ -285,11 +282,7 @@ def as_integers(values: Any, name: str, device: torch.device, count: int | None 
         TypeError: something else than integers.
         ValueError: another shape.
     """
-    try:
-        tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        hint = "np.unique([*query_ids, *gallery_ids], return_inverse=True)[1] numbers names, of both sides together"
-        raise TypeError(f"{name}: expected integers, got {type(values).__name__} ({error}); {hint}") from error
+    tensor = as_tensor(values, name, "integers", NAMES_HINT).detach()
     if tensor.numel():  # an empty list makes a tensor of floats
         check_integers(tensor, name)
     if tensor.dim() == 0:

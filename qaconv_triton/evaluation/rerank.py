@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..validation import check_count, check_index, check_number
 from .reid import check_distinct, check_integers
+from .sources import CPU
 
 ROWS = 256  # of lists at a time
 PLACES = 2**15  # of lists whose encodings are gathered at a time
-CPU = torch.device("cpu")
 
 
 class SparseRows(NamedTuple):

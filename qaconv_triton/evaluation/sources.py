@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Maps = Array | Iterable[Array]
 
 Sizes = dict[str, int]  # channels, height and width that maps must have; empty where any will do
+CPU = torch.device("cpu")
 JOINED = 1024  # maps of small chunks that are joined to one
 
 
@@ -44,8 +45,33 @@ def take(values: Array, rows: slice | Tensor, device: torch.device) -> Tensor:
     """Some rows of an array, as a tensor on `device`."""
     if isinstance(values, Tensor):
         return values[rows if isinstance(rows, slice) else rows.to(values.device)].to(device)
-    part = values[rows if isinstance(rows, slice) else rows.cpu().numpy()]
-    return torch.from_numpy(part.astype(part.dtype.newbyteorder("="))).to(device)  # a copy: the file may be read-only
+    return _copied(values[rows if isinstance(rows, slice) else rows.cpu().numpy()]).to(device)
+
+
+def _copied(array: np.ndarray[Any, Any]) -> Tensor:
+    """A copy, as the array may be read-only, in the byte order of this machine."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+def as_tensor(values: Any, name: str, expected: str, hint_for_names: str = "") -> Tensor:
+    """A tensor as it is; an array or a list, whose floating-point numbers are float64, as a tensor on the CPU.
+
+    Raises:
+        TypeError: something else, or of something else than numbers; `hint_for_names` is added where these are strings.
+    """
+    try:
+        if is_array(values):
+            tensor = values if isinstance(values, Tensor) else _copied(values)
+        else:
+            tensor = torch.as_tensor(values, device=CPU)
+            if tensor.is_floating_point():
+                tensor = torch.as_tensor(values, device=CPU, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        has_names = isinstance(values, Iterable) and any(isinstance(value, str) for value in values)
+        got = f"{type(values).__name__} ({error}){hint_for_names * has_names}"
+        raise TypeError(f"{name}: expected {expected}, got {got}") from error
+    check_layout(tensor, name)
+    return tensor
 
 
 def is_array(values: object) -> bool:
@@ -87,9 +113,9 @@ def _checked(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_nam
 
 def read_chunks(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Iterator[Held]:
     """The chunks of an iterable, each with its visibility, which comes in such chunks or as one array."""
-    check_iterable(maps, name)
+    check_iterable(maps, name, visibility_name)
     if visibility is not None:
-        check_iterable(visibility, visibility_name)
+        check_iterable(visibility, visibility_name, visibility_name)
     parts = iter(visibility) if visibility is not None and not is_array(visibility) else None
     count = number = 0
     for number, chunk in enumerate(maps, start=1):
@@ -110,10 +136,9 @@ def read_chunks(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_
 def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_name: str) -> Held:
     """An array with its visibility, or an iterable, read into memory."""
     if not is_array(maps):
-        cpu = torch.device("cpu")
-        parts = list(in_blocks(read_chunks(sizes, maps, visibility, name, visibility_name), JOINED, cpu))
+        parts = list(in_blocks(read_chunks(sizes, maps, visibility, name, visibility_name), JOINED, CPU))
         if not parts:
-            return Held(torch.empty(0, *sizes.values(), device=cpu, dtype=torch.float32), None)
+            return Held(torch.empty(0, *sizes.values(), device=CPU, dtype=torch.float32), None)
         return Held(*_joined(parts))
     if visibility is not None and not is_array(visibility):
         described = _checked(sizes, maps, None, name, "").maps
@@ -121,20 +146,21 @@ def read_maps(sizes: Sizes, maps: Any, visibility: Any, name: str, visibility_na
     return _checked(sizes, maps, visibility, name, visibility_name)
 
 
-def check_iterable(values: object, name: str) -> None:
-    """Require an iterable that is not `Features`, a tuple.
+def check_iterable(values: object, name: str, visibility_name: str) -> None:
+    """Require an iterable that is not `Features`, a tuple; `visibility_name` is the argument for their visibility.
 
     Raises:
         TypeError: anything else.
     """
     is_features = hasattr(values, "maps") and hasattr(values, "occ")
     if is_features or not isinstance(values, Iterable):
-        got = f"{type(values).__name__}{': pass its .maps, and its .occ as visibility' * is_features}"
+        hint = ": pass its .maps" + f", and its .occ as {visibility_name}" * bool(visibility_name)
+        got = f"{type(values).__name__}{hint * is_features}"
         raise TypeError(f"{name}: expected a tensor, a NumPy array or an iterable of them, got {got}")
 
 
 def _read_visibility(chunks: Iterable[Array], maps: Array, name: str) -> Tensor:
-    check_iterable(chunks, name)
+    check_iterable(chunks, name, name)
     parts = []
     for number, part in enumerate(chunks, start=1):
         label = f"{name}, chunk {number}"
@@ -142,8 +168,8 @@ def _read_visibility(chunks: Iterable[Array], maps: Array, name: str) -> Tensor:
             raise TypeError(f"{label}: expected a tensor or a NumPy array, got {type(part).__name__}")
         shape = (part.shape[0] if part.ndim else 0, 1, *maps.shape[2:])
         check_visibility(describe(part, label), label, torch.empty(shape, device="meta"))
-        parts.append(take(part, slice(None), torch.device("cpu")).reshape(shape))
-    return torch.cat(parts) if parts else torch.empty(0, 1, *maps.shape[2:], device="cpu", dtype=torch.float32)
+        parts.append(take(part, slice(None), CPU).reshape(shape))
+    return torch.cat(parts) if parts else torch.empty(0, 1, *maps.shape[2:], device=CPU, dtype=torch.float32)
 
 
 def in_blocks(chunks: Iterable[Held], size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..validation import check_layout
-from .sources import is_array, take
+from .sources import CPU, as_tensor
 
 if TYPE_CHECKING:
     import numpy as np
 
 FALSE_ACCEPT_RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 FOLDS = 10
-CPU = torch.device("cpu")
 
 
 class VerificationMetrics(NamedTuple):
@@ -56,8 +54,8 @@ def verification_metrics(
     """Compute ROC, equal error rate, TAR at fixed FAR, and ten-fold accuracy of scored pairs.
 
     Args:
-        scores: floating-point `[B]`, larger for the same identity, as `matcher.match_pairs` returns them: a tensor, an
-            array or a list of numbers.
+        scores: real numbers `[B]`, larger for the same identity, as `matcher.match_pairs` returns them: a tensor, an
+            array or a list.
         same: bool `[B]`, whether the pair shows one identity, likewise. The ten folds of the accuracy are tenths of the
             pairs in the order given, as the list of LFW has them: each should have pairs of both kinds, so shuffle
             pairs that are ordered by kind.
@@ -77,9 +75,10 @@ def verification_metrics(
         >>> metrics.eer, metrics.tar.tolist(), metrics.far.tolist()
         (0.5, [0.0, 0.5, 0.5, 1.0, 1.0], [0.0, 0.0, 0.5, 0.5, 1.0])
     """
-    scores, same = _as_tensor(scores, "scores", torch.float64), _as_tensor(same, "same", None)
-    if not scores.is_floating_point():
-        raise TypeError(f"scores: expected a floating-point dtype, got {scores.dtype}")
+    expected = "a tensor, an array or a list [B]"
+    scores, same = as_tensor(scores, "scores", expected), as_tensor(same, "same", expected)
+    if scores.is_complex() or scores.dtype == torch.bool:
+        raise TypeError(f"scores: expected real numbers, got {scores.dtype}")
     if same.dtype != torch.bool:
         raise TypeError(f"same: expected torch.bool, got {same.dtype}")
     if scores.dim() != 1 or scores.shape != same.shape or len(scores) == 0:
@@ -115,21 +114,6 @@ def verification_metrics(
     return VerificationMetrics(
         far, tar, thresholds, error_rate, at_far, accuracy.mean().item(), accuracy.std().item(), threshold
     )
-
-
-def _as_tensor(values: Any, name: str, dtype: torch.dtype | None) -> Tensor:
-    """A tensor, an array, or a list in `dtype`, as a tensor."""
-    try:
-        if is_array(values):
-            values = values if isinstance(values, Tensor) else take(values, slice(None), CPU)
-        else:
-            values = torch.as_tensor(values, dtype=dtype, device=CPU)
-    except (TypeError, ValueError, RuntimeError) as error:
-        got = f"{type(values).__name__} ({error})"
-        raise TypeError(f"{name}: expected a tensor, an array or a list [B], got {got}") from error
-    check_layout(values, name)
-    tensor: Tensor = values
-    return tensor
 
 
 def _tar_at(rate: float, false_accepts: Tensor, tar: Tensor) -> float:
