@@ -76,6 +76,18 @@ def docs_code(*, with_lightning: bool = False) -> dict[str, Any]:
     return names
 
 
+def errors_of(checks: Sequence[Callable[..., None]], *given: Any) -> dict[str, str]:
+    """The traceback of every check that fails for what is given, and nothing for those that pass, by name."""
+    found = {}
+    for check in checks:
+        try:
+            check(*given)
+            found[check.__name__] = ""
+        except Exception:
+            found[check.__name__] = traceback.format_exc()
+    return found
+
+
 Check = Callable[[DeviceMesh], Any]
 Found = dict[tuple[int, str], Any]  # by size of the mesh and name of the check: the error's text, or what it returns
 

@@ -7,7 +7,6 @@ for rounding, Adam makes a step of full size of it.
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from sharded_cases import docs_code, whole
+from sharded_cases import docs_code, errors_of, whole
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -229,14 +228,7 @@ class _Run:
         # what torchrun sets
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-        found = {}
-        for check in CHECKS:
-            try:
-                check(self.folder)
-                found[check.__name__] = ""
-            except Exception:
-                found[check.__name__] = traceback.format_exc()
-        return found
+        return errors_of(CHECKS, self.folder)
 
 
 @pytest.fixture(scope="module")

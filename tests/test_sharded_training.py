@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks, peak_of
-from sharded_cases import C, H, K, N, W, batch, docs_code, gradients, make_matcher, whole
+from sharded_cases import C, H, K, N, W, batch, docs_code, errors_of, gradients, make_matcher, whole
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
@@ -269,14 +268,7 @@ class _Run:
 
     def __call__(self, rank: int) -> dict[str, str]:
         meshes = [DeviceMesh("cpu", list(range(RANKS - size, RANKS))) for size in (1, 2, 3)]
-        found = {}
-        for check in CHECKS:
-            try:
-                check(meshes, self.folder)
-                found[check.__name__] = ""
-            except Exception:
-                found[check.__name__] = traceback.format_exc()
-        return found
+        return errors_of(CHECKS, meshes, self.folder)
 
 
 @pytest.fixture(scope="module")
