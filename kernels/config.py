@@ -68,6 +68,11 @@ def generation() -> int:
     return _compute_capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
 
 
+def has_ptx() -> bool:
+    """Whether kernels may contain instructions of NVIDIA's PTX."""
+    return not INTERPRETED and generation() != AMD
+
+
 @cache
 def _compute_capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
@@ -103,32 +108,26 @@ def _buffers(config: Config) -> int:
 
 
 def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
-    """Forward of max correlation: a `[BR, BS]` correlation tile; RESIDENT: with all channels of BS probe locations.
+    """Forward of max correlation: a `[BR, BS]` correlation tile, both maps in steps of BC channels.
 
     BS and BR are equal, the same in every configuration: `pair_sums` sizes its memory by their bound, `LARGEST_TILE`.
-    In half precision the channels stay in shared memory while neighbours stream past, one tile ahead, where that fits
-    without a spill. Else both maps are read in steps of BC channels.
+    Few warps a program, for several programs on a multiprocessor: on an H200 others took 1.1 to 2 times as long.
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
-    whole = _power_of_two(channels, 16, 2**16)
-    family = generation() // 10
-    buffers = 2 if family == 9 else 1  # of neighbours: Hopper's products read them where they lie
-    is_half = probe_size == gallery_size == 2
-    warps = (8, 4) if tile == LARGEST_TILE else (4, 2)
-    kept = {"BS": tile, "BR": tile, "BC": whole, "RESIDENT": True}
-    found = []
-    if is_half and family in (8, 9) and (1 + buffers) * 2 * tile * whole <= shared_memory() - 2**12:
-        found += [Config(kept, number, num_stages=2) for number in warps]
     step = 64 if probe_size == 2 else 32
-    is_narrow = family in (8, 12) and shared_memory() < 2**17
-    is_narrow |= family == 10 and probe_size == 4 and locations <= LARGEST_TILE
+    is_narrow = generation() // 10 in (8, 12) and shared_memory() < 2**17
     if is_narrow and probe_size == gallery_size:  # there wider steps may spill
-        found.append(Config(kept | {"BC": min(whole, step // 2), "RESIDENT": False}, warps[0], num_stages=3))
-    for channels_a_step in (step, 2 * step):
-        read = kept | {"BC": min(whole, channels_a_step), "RESIDENT": False}
-        found += [Config(read, number, num_stages=3) for number in warps]
+        step //= 2
+    few, many = (4, 8) if tile == LARGEST_TILE else (2, 4)
+    stages = 4 if probe_size == 2 and not is_narrow else 3
+    found = [
+        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, size)}, num_warps, num_stages)
+        for size, num_warps, num_stages in (
+            (step, few, stages), (2 * step, few, 3), (step, few, 3), (step, many, 3), (2 * step, many, 3),
+        )
+    ]  # fmt: skip
     wider = max(probe_size, gallery_size)
-    return _fitting(found, lambda c: 0 if c.tiles["RESIDENT"] else _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
+    return _fitting(found, lambda c: _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
 
 
 def norms(channels: int) -> Config:
@@ -141,21 +140,33 @@ def neighbors_per_program(probes: int, neighbors: int) -> int:
     return max(1, min(32, neighbors, probes * neighbors // 1024))
 
 
-def correlation_backward(locations: int, channels: int, element_size: int) -> list[Config]:
+def correlation_backward(locations: int, channels: int, product_size: int, map_size: int) -> list[Config]:
     """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator.
 
-    fp32 takes smaller tiles: its products split every operand in two. On AMD what is on its way stays in registers: a
-    stage more, and a tile that is scaled before its product spills.
+    Products of fp32 take smaller tiles: they split every operand in two. On AMD what is on its way stays in registers:
+    a stage more, and a tile that is scaled before its product spills. Hopper's products write an accumulator of as many
+    channels as registers hold: the weights are made once for all of them.
     """
     stages = 2 if generation() == AMD else 3
-    tile = _power_of_two(locations, 16, 64 if element_size == 2 else 32)
+    is_half = product_size == 2
+    tile = _power_of_two(locations, 16, 64 if is_half else 32)
+    many, few = (8, 4) if tile >= 32 else (4, 2)
+    listed = [(most, num_warps, stages) for most in (128, 64, 256) for num_warps in (many, few)]
+    if generation() // 10 == 9 and is_half and tile == LARGEST_TILE:
+        listed = [*([(512, many, 3), (512, 16, 3), (256, few, 3)] if map_size == 2 else [(128, many, 2)]), *listed]
     found = [
-        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, stages)
-        for most in (128, 64, 256)
-        for num_warps in ((8, 4) if tile >= 32 else (4, 2))
+        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, num_stages)
+        for most, num_warps, num_stages in listed
     ]
     # of the maps one tile is in registers everywhere; the weights are there once
-    return _fitting(found, lambda c: element_size * tile * ((c.num_stages - 1) * c.tiles["BC"] + tile))
+    return _fitting(found, lambda c: map_size * tile * ((c.num_stages - 1) * c.tiles["BC"] + tile))
+
+
+def matches(locations: int) -> Config:
+    """Matches of B locations of a pair, in the form that both gradients read."""
+    return Config(
+        {"B": _power_of_two(locations, 16, LARGEST_TILE)}, num_warps=1 if locations <= 32 else 2, num_stages=1
+    )
 
 
 def cosine_topk(dim: int, element_size: int) -> list[Config]:

@@ -59,3 +59,12 @@ def inverse_norms(gallery: Tensor, inverted: InvertedIndex | None) -> Tensor:
             HAS_INDEX=inverted is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
     return rnorm
+
+
+def may_be_out_of_range(gallery: Tensor, rnorm: Tensor) -> bool:
+    """Whether raw maps may have norms outside the safe range, which fp16 does not reach.
+
+    The products of such maps leave the range of fp32. A second launch, which ends at once where there are none, takes
+    them anew with maps that are normalised before they are multiplied: the host need not know of it.
+    """
+    return rnorm.numel() > 0 and gallery.dtype != torch.float16

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..common import candidates as packing
 from . import config
-from .tiles import dot, sortable, unsortable
+from .tiles import LOWEST, dot, sortable, unsortable
 
 EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
+NO_PAIR = tl.constexpr((packing.LOWEST << 32) | 0xFFFFFFFF)  # not below any candidate whose key is LOWEST
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
 
@@ -29,16 +30,50 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
     return tl.split(tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1]))
 
 
+# A candidate that does not exceed its threshold branches past the atomic and the store: most often a whole warp at once.
+# Addresses are computed where they are needed, for they would take four registers for every row and column.
+APPEND = tl.constexpr("""{
+    .reg .pred above, fits;
+    .reg .b32 position;
+    .reg .b64 candidate, count, place, offset;
+    mov.b64 candidate, {$2, $1};
+    setp.gt.s64 above, candidate, $3;
+    @!above bra DONE;
+    mad.wide.u32 count, $4, 4, $5;
+    atom.relaxed.gpu.global.add.u32 position, [count], 1;
+    setp.lt.u32 fits, position, $7;
+    mul.wide.u32 place, $4, $7;
+    cvt.u64.u32 offset, position;
+    add.u64 place, place, offset;
+    shl.b64 place, place, 3;
+    add.u64 place, place, $6;
+    @fits st.global.b64 [place], candidate;
+DONE:
+    mov.b32 $0, 0;
+}""")
+
+
 @triton.jit
-def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, m_candidate, capacity):
+def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, capacity, BRANCH: tl.constexpr):
     """Append to the buffers of `o_row`, which broadcasts to the shape of `b_key`, what exceeds their thresholds."""
-    b_low = (-2 - b_id).to(tl.uint32)  # 2^32 - 2 - id; unsigned, so that the upper half is the key alone
-    b_candidate = (b_key.to(tl.int64) << 32) | b_low.to(tl.int64)
-    above = (b_candidate > b_thresholds) & m_candidate
-    # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
-    p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
-    b_position = tl.atomic_add(p_count, 1, mask=above, sem="relaxed")
-    tl.store(p_buffers + o_row.to(tl.int64) * capacity + b_position, b_candidate, mask=above & (b_position < capacity))
+    b_low = -2 - b_id  # 2^32 - 2 - id
+    if BRANCH:
+        tl.inline_asm_elementwise(
+            APPEND,
+            "=r,r,r,l,r,l,l,r",
+            [b_key, b_low, b_thresholds, o_row, p_counts.to(tl.int64), p_buffers.to(tl.int64), capacity],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        b_candidate = (b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)
+        above = b_candidate > b_thresholds
+        # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
+        p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
+        b_position = tl.atomic_add(p_count, 1, mask=above, sem="relaxed")
+        p_place = p_buffers + o_row.to(tl.int64) * capacity + b_position
+        tl.store(p_place, b_candidate, mask=above & (b_position < capacity))
 
 
 @triton.jit(
@@ -68,6 +103,7 @@ def _append_kernel(
     is_same_chunk,
     MIRROR: tl.constexpr,
     PRECISION: tl.constexpr,
+    BRANCH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -100,8 +136,11 @@ def _append_kernel(
         b_dot = dot(b_rows, b_columns, b_dot, PRECISION)
 
     b_rnorm_row = tl.load(p_rnorm_rows + o_row, mask=m_row, other=0.0)
-    b_row_thresholds = tl.load(p_row_thresholds + o_row, mask=m_row, other=0)
+    # nothing exceeds the threshold of a row or column that is not there; the key of a pair that is none exceeds no threshold
+    b_row_thresholds = tl.load(p_row_thresholds + o_row, mask=m_row, other=HIGHEST_CANDIDATE)
+    b_row_thresholds = tl.maximum(b_row_thresholds, NO_PAIR)
     is_mirrored = (is_same_chunk == 0) | (step > 0)
+    b_row_id = first_row + o_row[:, None]
     # In parts of 16 columns, so that candidates and positions stay in registers.
     PARTS: tl.constexpr = BN // 16
     b_parts = (b_dot,)
@@ -111,16 +150,16 @@ def _append_kernel(
             b_halves = b_halves + _halves(b_parts[i_part])
         b_parts = b_halves
     for i_part in tl.static_range(PARTS):
-        b_part = b_parts[i_part]  # [BM, 16]
         o_c = (i_block + step) % blocks * BN + i_part * 16 + tl.arange(0, 16)
         m_c = o_c < columns
+        b_column_id = first_column + o_c[None, :]
         b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
-        # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
-        b_key = sortable(b_part * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
-        b_row_id, b_column_id = first_row + o_row[:, None], first_column + o_c[None, :]
-        m_candidate = m_row[:, None] & m_c[None, :]
+        is_pair = m_row[:, None] & m_c[None, :]
         if MIRROR:
-            m_candidate = m_candidate & (b_row_id != b_column_id)
+            is_pair = is_pair & (b_row_id != b_column_id)
+        # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
+        b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
+        b_key = tl.where(is_pair, b_key, LOWEST)
         _append(
             p_row_buffers,
             p_row_counts,
@@ -128,12 +167,12 @@ def _append_kernel(
             o_row[:, None],
             b_key,
             b_column_id,
-            m_candidate,
             capacity,
+            BRANCH,
         )
         if MIRROR:
-            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c, other=0)
-            m_candidate = m_candidate & is_mirrored
+            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
+            b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
             _append(
                 p_column_buffers,
                 p_column_counts,
@@ -141,8 +180,8 @@ def _append_kernel(
                 o_c[None, :],
                 b_key,
                 b_row_id,
-                m_candidate,
                 capacity,
+                BRANCH,
             )
 
 

@@ -157,7 +157,7 @@ class TopKSearch:
             other.candidates, other.counts, other.thresholds,
             len(rows.rows), len(columns.rows), rows.rows.shape[1], self.capacity, rows.first, columns.first,
             step, steps, int(column_buffer is row_buffer),
-            MIRROR=column_buffer is not None, PRECISION=config.precision(), **self.tiles,
+            MIRROR=column_buffer is not None, PRECISION=config.precision(), BRANCH=config.has_ptx(), **self.tiles,
             num_warps=self.num_warps, num_stages=self.num_stages,
         )  # fmt: skip
 

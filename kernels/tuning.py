@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from ..common import norms
-from .config import INTERPRETED, Config, generation
+from .config import INTERPRETED, Config, generation, operands
 
 TUNE_VARIABLE = "QACONV_TRITON_TUNE"
 CACHE_VARIABLE = "QACONV_TRITON_CACHE_DIR"
@@ -89,6 +90,13 @@ def select_config(
             if key not in selected:
                 selected[key] = _cached_or_fastest(list_configs, shape, variant, run)
     return selected[key]
+
+
+def variant(probe: Tensor, gallery: Tensor, flags: list[str]) -> str:
+    """What changes a kernel's code besides its tiles, in words."""
+    precision = operands(probe.dtype, gallery.dtype)["PRECISION"]
+    layout = "" if gallery.stride(2) == 1 else "channels first"
+    return " ".join(filter(None, [f"{probe.dtype} {gallery.dtype} {precision}", layout, *flags]))
 
 
 def launch_announced(name: str, launch: Callable[[], Any]) -> Any:

@@ -41,7 +41,7 @@ def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
         operand, read = sizes["p_rows"], (sizes["BM"] + sizes["BN"]) * length
     elif name == "_forward_kernel":
         tile, length, step = (sizes["BR"], sizes["BS"]), sizes["C"], sizes["BC"]
-        operand, read = sizes["p_gallery"], (sizes["BR"] + (0 if sizes["RESIDENT"] else sizes["BS"])) * length
+        operand, read = sizes["p_gallery"], (sizes["BR"] + sizes["BS"]) * length
     else:
         operand = sizes.get("p_probe", sizes["p_gallery"])
         of_gallery = name == "_gallery_gradient_kernel"

@@ -23,7 +23,15 @@ from triton.compiler import ASTSource
 
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import inverted_index
-from qaconv_triton.kernels import config, max_correlation, norms, topk_kernels, topk_search, tuning
+from qaconv_triton.kernels import (
+    config,
+    max_correlation,
+    max_correlation_backward,
+    norms,
+    topk_kernels,
+    topk_search,
+    tuning,
+)
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
@@ -32,7 +40,7 @@ TYPES = {
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 MAIN = ("C=512 S=49 bf16", "C=512 S=49 fp32", "class graph D=512 bf16", "class graph D=25088 bf16")
-TILES = ("BS", "BR", "BC", "RESIDENT", "BM", "BN", "BD", "GROUP", "BL", "BK")
+TILES = ("B", "BS", "BR", "BC", "BM", "BN", "BD", "GROUP", "BL", "BK")
 CHANNELS = 512
 META = torch.device("meta")
 
@@ -85,20 +93,23 @@ def _score_cases(
     argmax, weight = pooled.to(torch.uint8), empty(2 * locations)
     inverted = inverted_index(index, classes)
     rnorm, none = empty(len(inverted.classes), locations), empty(0)
-    of_classes = (argmax, rnorm, probe, table)
-    of_pairs = (argmax, none, probe, gallery)  # prepared maps: no norms
+    width = 64 * triton.cdiv(locations, 64)
+    packed = empty(batch, neighbors, 2, width, dtype=torch.int64)
+    found = max_correlation_backward.Matches(packed, empty(batch, neighbors, width), empty(1))
+    of_classes = (found, rnorm, probe, table)
+    of_pairs = (found, none, probe, gallery)  # prepared maps: no norms
     scored = (probe, table, index, group, inverted, rnorm)
 
     def case(name: str, function: Callable[..., object], *args: object, before: int = 0, **options: object) -> Case:
-        return Case(f"{name} {shape}", max_correlation, partial(function, *args, **options), before)
+        module = max_correlation_backward if "gradient" in name else max_correlation
+        return Case(f"{name} {shape}", module, partial(function, *args, **options), before)
 
     forward = (max_correlation._launch_forward, *scored)
-    probe_gradient = (max_correlation.probe_gradient, pooled, *of_classes, index, inverted)
-    gallery_gradient = (max_correlation.gallery_gradient, pooled, pooled, *of_classes, inverted)
+    probe_gradient = (max_correlation_backward.probe_gradient, *of_classes, index, inverted)
+    gallery_gradient = (max_correlation_backward.gallery_gradient, *of_classes, inverted)
     if locations == 49 and dtype == table_dtype:
-        pairs = (pooled, *of_pairs)
-        yield case("all pairs probe gradient", max_correlation.probe_gradient, *pairs, None, None)
-        yield case("all pairs gallery gradient", max_correlation.gallery_gradient, pooled, *pairs, None, compact=False)
+        yield case("all pairs probe gradient", probe_gradient[0], *of_pairs, None, None)
+        yield case("all pairs gallery gradient", gallery_gradient[0], *of_pairs, None, compact=False)
     if locations == 49 and dtype != torch.float16:
         yield case("class path scores alone", *forward, weight=weight, sums=sums)
         yield case("sparse gallery gradient", *gallery_gradient, compact=True)
@@ -110,6 +121,9 @@ def _score_cases(
     if dtype == table_dtype:
         yield case("all pairs forward", max_correlation.max_correlation, probe, gallery, None, None, None, False)
         yield case("all pairs match", max_correlation.pair_sums, probe, gallery, None, None, False, weight)
+    if dtype == table_dtype:
+        matches = (max_correlation_backward.matches, pooled, pooled, argmax, index, locations)
+        yield case("matches of gradients", *matches, has_radial=True)
     yield case("probe gradient", *probe_gradient)
     yield case("gallery gradient", *gallery_gradient, compact=False)
 
