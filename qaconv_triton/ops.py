@@ -291,9 +291,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     )
     if rows is not None:
         values = to_gallery.contiguous()
-        to_gallery = torch.sparse_coo_tensor(
-            rows.unsqueeze(0), values, gallery.shape, device=values.device, is_coalesced=True, check_invariants=False
-        )
+        with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 and 2.12 warn despite the argument
+            to_gallery = torch.sparse_coo_tensor(
+                rows.unsqueeze(0), values, gallery.shape, device=values.device, is_coalesced=True
+            )
     return to_probe if needs_probe else None, to_gallery if needs_gallery else None, None, None, None, None
 
 

@@ -54,9 +54,8 @@ class ClassScores:
         rows = torch.arange(self.values.shape[0], device=self.values.device).unsqueeze(1).expand_as(self.classes)
         indices = torch.stack([rows.flatten(), self.classes.clamp(min=0).flatten()])
         shape = self.values.shape[0], self.num_classes
-        return torch.sparse_coo_tensor(
-            indices, self.values.flatten(), shape, device=self.values.device, check_invariants=False
-        )
+        with torch.sparse.check_sparse_tensor_invariants(False):  # torch 2.11 and 2.12 warn despite the argument
+            return torch.sparse_coo_tensor(indices, self.values.flatten(), shape, device=self.values.device)
 
 
 class Head(NamedTuple):

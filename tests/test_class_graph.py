@@ -36,6 +36,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "cosine_topk", lambda dim, element_size: [config.Config(tiles, 4, 2)])
 
 
+@pytest.fixture
+def pruning_device(backend: str, device: torch.device) -> torch.device:
+    """Where a backend starts from thresholds: plain torch on the CPU only, for on CUDA it sorts the similarity."""
+    return CPU if backend == "torch" else device
+
+
 def adversarial_table(name: str, count: int, device: torch.device) -> Tensor:
     """Tables that fill the buffers of candidates, or whose similarities are nearly or exactly equal."""
     places = torch.arange(count, dtype=torch.float32)
@@ -120,7 +126,7 @@ def test_any_threshold_gives_the_same_graph(
 
 @pytest.mark.parametrize("dim", [8, 64])
 def test_a_sample_of_the_keys_is_searched_first(
-    dim: int, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    dim: int, pruning_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = []
     sample = thresholds._sample
@@ -130,7 +136,7 @@ def test_a_sample_of_the_keys_is_searched_first(
         return plans[-1]
 
     monkeypatch.setattr(thresholds, "_sample", recorded)
-    table = embeddings(N, dim, device)
+    table = embeddings(N, dim, pruning_device)
     check(table, table, 60, True, *search(table, 60), decided=0.5)
     rows, rank = plans[0]
     size = len(range(N)[rows])
@@ -167,7 +173,7 @@ def test_a_warm_start_changes_nothing(name: str, kind: str, backend: str, device
     assert torch.equal(previous, before)
 
 
-def test_a_warm_start_has_fewer_candidates(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_start_has_fewer_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "torch")
     appended = []
     append = cpu_topk._CandidateBuffers.append
@@ -178,7 +184,7 @@ def test_a_warm_start_has_fewer_candidates(device: torch.device, monkeypatch: py
 
     monkeypatch.setattr(cpu_topk._CandidateBuffers, "append", counted)
     count, k = 1000, 40
-    table = embeddings(count, 16, device)
+    table = embeddings(count, 16, CPU)
     appended.append(0)
     cold = search(table, k)[1]
     moved = table + 0.005 * table.norm(dim=1, keepdim=True) * torch.randn_like(table)
@@ -191,7 +197,7 @@ def test_a_warm_start_has_fewer_candidates(device: torch.device, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_unmoved_rows_are_not_retried(
-    dtype: torch.dtype, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, pruning_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their threshold is their k-th similarity, which another order of summing rounds otherwise."""
     retries = []
@@ -205,7 +211,7 @@ def test_unmoved_rows_are_not_retried(
         retries.append(not (operands[7] if len(operands) > 7 else options["is_self_search"]))
         init(self, *operands, **options)  # type: ignore[arg-type]
 
-    table = embeddings(130, 64, device)
+    table = embeddings(130, 64, pruning_device)
     previous = search(table, 12, dtype=dtype)[1]
     monkeypatch.setattr(kernel, "_search", recorded)
     monkeypatch.setattr(cpu_topk._Search, "__init__", initialised)

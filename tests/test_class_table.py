@@ -66,7 +66,7 @@ def test_initial_values() -> None:
     torch.manual_seed(3)
     linear = nn.Linear(2 * S, 1)
     table = torch.randn(N, C, H, W) / C**0.5
-    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S, device=DEVICE))
+    assert torch.equal(matcher.fc.weight, torch.full((1, 2 * S), 1 / S))
     assert torch.equal(matcher.fc.bias, linear.bias)
     assert matcher.class_embed is not None
     assert_close(matcher.class_embed, table, torch.float32)

@@ -32,8 +32,9 @@ def test_both_sides_with_ties(
         thresholds
     ]
     found, ids = ops.mutual_topk(left, right, k, bound)
+    sorts_all = backend == "torch" and device.type != "cpu"  # and finds what it need not
     for rows, (values, wanted) in zip((slice(0, left_rows), slice(left_rows, None)), expected, strict=True):
-        count = 0 if thresholds == "above all" else wanted.shape[1]
+        count = 0 if thresholds == "above all" and not sorts_all else wanted.shape[1]
         assert torch.equal(found[rows, :count], values[:, :count])
         assert torch.equal(ids[rows, :count], wanted[:, :count])
         assert (found[rows, count:] == -torch.inf).all()

@@ -225,7 +225,7 @@ def test_raw_maps_of_any_length(
 ) -> None:  # fmt: skip
     probe, gallery, ordinary, exponents = raw_case(dtype, gallery_dtype, size)
     index = torch.tensor([[2, 0], [1, 3], [2, 2]], device=device) if indexed else None
-    true_probe, true_gallery = probe.double().requires_grad_(), ordinary.requires_grad_()
+    true_probe, true_gallery = probe.to(torch.float64, copy=True).requires_grad_(), ordinary.requires_grad_()
     expected = reference.max_correlation(
         reference.locations(true_probe), reference.locations(true_gallery), None if index is None else index.cpu(), True
     )
