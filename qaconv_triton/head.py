@@ -331,7 +331,10 @@ def update_running_statistics(statistics: list[BatchStatistics]) -> None:
     counters = [norm.num_batches_tracked for norm in norms]
     shares: Sequence[Any] = [1.0] * len(norms)
     if any(isinstance(count, Tensor) for count in counts):
-        counts = [torch.ones_like(variance) * count for variance, count in zip(variances, counts, strict=True)]
+        counts = [
+            count if isinstance(count, Tensor) else torch.full_like(variance, count)
+            for variance, count in zip(variances, counts, strict=True)
+        ]
         shares = torch._foreach_sign(counts)  # 0 where there are no values
         tracked = [counter + (share > 0) for counter, share in zip(counters, shares, strict=True)]
         others = torch._foreach_clamp_min(torch._foreach_sub(counts, 1.0), 1.0)
