@@ -52,11 +52,11 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         >>> hardest_pairs(score, torch.tensor([0, 0, 1]))
         (tensor([2., 2., inf]), tensor([5., 1., 5.]))
     """
-    same = target[:, None] == target
-    itself = torch.eye(len(target), dtype=torch.bool, device=target.device)
-    # The column of the empty set's own value lets B = 0 through as well: a minimum needs an element.
-    positives = F.pad(score.masked_fill(~same | itself, math.inf), (0, 1), value=math.inf)
-    negatives = F.pad(score.masked_fill(same, -math.inf), (0, 1), value=-math.inf)
+    if not len(target):  # a minimum needs an element
+        return score.sum(dim=1), score.sum(dim=1)
+    is_same = target[:, None] == target
+    is_no_positive = (target[:, None] != target).fill_diagonal_(True)
+    positives, negatives = score.masked_fill(is_no_positive, math.inf), score.masked_fill(is_same, -math.inf)
     return positives.min(dim=1).values, negatives.max(dim=1).values
 
 
@@ -95,10 +95,9 @@ def batch_hard_hinge(score: Tensor, target: Tensor, margin: float) -> tuple[Tens
         (tensor([5., 1., 0.]), tensor([0., 1., 1.]))
     """
     positive, negative = hardest_pairs(score, target)
-    is_triplet = has_positive_and_negative(target)
     # Where there is no triplet a score may be NaN or infinite, which no arithmetic would turn into 0.
-    gap = torch.where(is_triplet, positive - negative, math.inf)
-    return torch.relu(margin - gap), ((positive >= negative) | ~is_triplet).to(score.dtype)
+    gap = (positive - negative).masked_fill((positive == math.inf) | (negative == -math.inf), math.inf)
+    return torch.relu(margin - gap), (gap >= 0).to(score.dtype)
 
 
 def neighbor_cross_entropy(scores: ClassScores, target: Tensor, unscored: int) -> Tensor:
@@ -112,9 +111,12 @@ def neighbor_cross_entropy(scores: ClassScores, target: Tensor, unscored: int) -
     Returns:
         loss `[B]`; NaN where the values are.
     """
-    logits = F.pad(scores.values, (0, 1), value=math.log(unscored)) if unscored else scores.values
-    own = scores.values.masked_fill(scores.classes != target[:, None], 0.0).sum(dim=1)
-    return logits.logsumexp(dim=1) - own
+    is_own = scores.classes == target[:, None]
+    logits = scores.values
+    if unscored:  # two columns more: one for a target that was not scored, the last for all others
+        logits = F.pad(F.pad(logits, (0, 1)), (0, 1), value=math.log(unscored - 1) if unscored > 1 else -math.inf)
+        is_own = F.pad(is_own, (0, 1), value=True)
+    return F.cross_entropy(logits, is_own.max(dim=1).indices, reduction="none")
 
 
 def predicted_class(scores: ClassScores, unscored: int) -> Tensor:
@@ -127,17 +129,15 @@ def predicted_class(scores: ClassScores, unscored: int) -> Tensor:
     Returns:
         int64 `[B]`.
     """
-    best = scores.values.amax(dim=1, keepdim=True)
-    is_best = torch.where(best.isnan(), scores.values.isnan(), scores.values == best)
-    best_class = scores.classes.masked_fill(~is_best, scores.num_classes).amin(dim=1).clamp(min=0)
+    classes, order = scores.classes.sort(dim=1)
+    best, position = scores.values.detach().gather(1, order).max(dim=1)  # the first among equals, NaN above all
+    best_class = classes.gather(1, position.unsqueeze(1)).squeeze(1).clamp_(min=0)
     if not unscored:
         return best_class
     # Distinct ids that are sorted agree with their positions up to the first one that is missing.
-    position = torch.arange(scores.classes.shape[1], device=scores.classes.device)
-    first_unscored = (scores.classes.sort(dim=1).values == position).sum(dim=1)
-    best = best.squeeze(1)
-    at_zero = torch.where(best == 0, torch.minimum(best_class, first_unscored), best_class)
-    return torch.where(best < 0, first_unscored, at_zero)
+    first_unscored = (classes == torch.arange(classes.shape[1], device=classes.device)).sum(dim=1)
+    is_unscored = torch.where(first_unscored < best_class, best <= 0, best < 0)
+    return torch.where(is_unscored, first_unscored, best_class)
 
 
 class MatcherLoss(nn.Module):
@@ -413,7 +413,7 @@ class SoftmaxTripletLoss(MatcherLoss):
 
             pair_scores = self._scores(feature, feature, occlusion_maps)
             triplet_loss, triplet_acc = batch_hard_hinge(pair_scores, target, self.margin)
-            loss = cls_loss + self.triplet_weight * triplet_loss.mean()
+            loss = torch.add(cls_loss, triplet_loss.mean(), alpha=self.triplet_weight)
             return cls_loss, triplet_loss, loss, cls_acc, triplet_acc
 
 

@@ -18,18 +18,9 @@ from torch import Tensor, nn
 from . import checkpoint, functional, sharded
 from .correspondences import Correspondences, find_correspondences
 from .distributed import Agreement, computed_by_first_rank, has_ranks, is_in_ddp_forward, local_rows
+from .head import BatchStatistics, Head, check_pairs, update_running_statistics
 from .progress import Progress
-from .scores import (
-    PAIRS,
-    BatchStatistics,
-    ClassScores,
-    Head,
-    check_pairs,
-    prepared_pairs,
-    score_gallery,
-    score_maps,
-    update_running_statistics,
-)
+from .scores import PAIRS, ClassScores, prepared_pairs, score_gallery, score_maps
 from .validation import (
     check_count,
     check_device,
@@ -288,19 +279,19 @@ class QAConv(nn.Module):
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
         check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self._head)
         neighbors = self._current_neighbors()
-        valid = None
+        invalid = None
         if values_may_be_read(labels):
             index = neighbors[labels]
         else:
-            valid = (labels >= 0) & (labels < classes)
+            invalid = (labels < 0) | (labels >= classes)
             index = neighbors[labels.clamp(0, classes - 1)]
         if self.include_self:
             index = torch.cat([index, labels.unsqueeze(1)], dim=1)
-        if valid is not None:
-            index = torch.where(valid.unsqueeze(1), index, -1)
+        if invalid is not None:
+            index = index.masked_fill(invalid.unsqueeze(1), -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
         scores, statistics = score_maps(
-            self._head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, valid=valid
+            self._head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, invalid=invalid
         )
         return ClassScores(scores, index, classes), statistics, neighbors
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .common.dtypes import accumulation_dtype
+from .head import folded
 from .matcher import QAConv
-from .scores import folded
 from .validation import check_count, check_maps, check_visibility
 
 

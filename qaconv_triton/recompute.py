@@ -47,7 +47,8 @@ class StatisticsGuard:
 
     def __init__(self, matcher: nn.Module) -> None:
         self.matcher = matcher
-        self.statistics: list[tuple[Tensor, Tensor]] = []
+        self.statistics: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.graphs: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def __enter__(self) -> None:
@@ -57,18 +58,31 @@ class StatisticsGuard:
             self.graphs.append((module, {name: vars(module)[name] for name in GRAPH if name in vars(module)}))
             if module.training:
                 buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name in STATISTICS]
-                self.statistics += [(buffer, buffer.clone()) for buffer in buffers]
+                self.statistics += buffers
+        self.values = _copies(self.statistics)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if torch.compiler.is_compiling() or (kind is None and not is_recomputing()):
             return
-        for buffer, value in self.statistics:
+        for buffer, value in zip(self.statistics, self.values, strict=True):
             buffer.data.copy_(value)  # .data: a backward pass that saved the buffer does not use it in training mode
         if kind is not None:
             for module, graph in self.graphs:
                 vars(module).update(graph)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of `tensors`, by one operation for each kind of them: they are many, and small."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    copies = {}
+    for of_kind in kinds.values():
+        parts = torch.cat([tensor.flatten() for tensor in of_kind]).split([tensor.numel() for tensor in of_kind])
+        copies.update({id(tensor): part.view_as(tensor) for tensor, part in zip(of_kind, parts, strict=True)})
+    return [copies[id(tensor)] for tensor in tensors]
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from inputs import C, H, N, W
 from torch import Tensor
 
 from qaconv_triton import ClassScores, QAConv
-from qaconv_triton import scores as scores_module
+from qaconv_triton import head as head_module
 
 Call = Callable[[QAConv], Any]
 
@@ -33,18 +33,18 @@ def test_a_failure_between_the_norms_updates_neither(
 ) -> None:
     """Memory runs out after `bn` and before `logit_bn`; the step is tried again, and must count once."""
     matcher, expected = class_matcher(), class_matcher()
-    original, calls = scores_module._scale_and_shift, []
+    original, calls = head_module._statistics, []
 
-    def failing(norm: torch.nn.BatchNorm1d, affine: Any, variance: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(norm)
-        if norm is matcher.logit_bn:
+    def failing(values: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        calls.append(values.dim())
+        if len(calls) == 2:
             raise error("out of memory")
-        return original(norm, affine, variance)
+        return original(values, norm)
 
-    monkeypatch.setattr(scores_module, "_scale_and_shift", failing)
+    monkeypatch.setattr(head_module, "_statistics", failing)
     with refused(error, ("out of memory",), matcher):
         call(matcher)
-    assert calls == [matcher.bn, matcher.logit_bn]
+    assert calls == [3, 2]  # pooled values, then logits
     monkeypatch.undo()
     call(matcher)
     call(expected)

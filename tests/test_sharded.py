@@ -45,8 +45,9 @@ from qaconv_triton import (
     functional,
     sharded,
 )
+from qaconv_triton.head import update_running_statistics
 from qaconv_triton.losses import batch_hard_hinge
-from qaconv_triton.scores import score_maps, update_running_statistics
+from qaconv_triton.scores import score_maps
 
 CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
 

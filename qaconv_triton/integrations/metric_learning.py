@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..evaluation import rank_gallery
 from ..functional import topk_cosine
+from ..head import BatchStatistics, update_running_statistics
 from ..matcher import QAConv
-from ..scores import BatchStatistics, prepared_pairs, score_gallery, score_maps, update_running_statistics
+from ..scores import prepared_pairs, score_gallery, score_maps
 from ..validation import check_count
 
 try:

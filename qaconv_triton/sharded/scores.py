@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from .. import functional
 from ..common.dtypes import accumulation_dtype
 from ..distributed import Agreement
-from ..scores import BatchStatistics, ClassScores, Head, score_maps, uses_batch
+from ..head import BatchStatistics, Head, uses_batch
+from ..scores import ClassScores, score_maps
 from ..validation import check_labels
 from .table import chunk_rows, rows_at, rows_of
 
