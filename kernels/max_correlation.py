@@ -428,7 +428,7 @@ def _probe_gradient_kernel(
 
 
 def probe_gradient(
-    grad: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None,
+    grad: Tensor, scale: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor, index: Tensor | None,
     inverted: InvertedIndex | None,
 ) -> Tensor:  # fmt: skip
     """Launch the gradient to the probe maps, `[P, S, C]` in their dtype, from `grad` fp32 `[P, K, 2S]`."""
@@ -436,7 +436,7 @@ def probe_gradient(
     out = torch.empty_like(probe)
     if out.numel() == 0 or grad.numel() == 0:
         return out.zero_()
-    scale, operands = gradient_scale(grad), config.operands(probe.dtype, gallery.dtype)
+    operands = config.operands(probe.dtype, gallery.dtype)
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
@@ -546,23 +546,23 @@ def _gallery_gradient_kernel(
 
 
 def gallery_gradient(
-    grad: Tensor, pooled: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor,
+    grad: Tensor, scale: Tensor, pooled: Tensor, argmax: Tensor, rnorm: Tensor, probe: Tensor, gallery: Tensor,
     inverted: InvertedIndex | None, compact: bool,
 ) -> Tensor:  # fmt: skip
     """Launch the gradient to the gallery maps, in their dtype.
 
     Returns:
-        `[G, S, C]`, zero for maps without a probe; with `compact`, `[T, S, C]` for the slots of `inverted` only.
+        `[G, S, C]`, zero for maps without a probe; with `compact`, `[T, S, C]` for the slots of `inverted`, all in use.
     """
     probes, locations, channels = probe.shape
     slots = gallery.shape[0] if inverted is None else inverted.classes.shape[0]
     rows = slots if compact else gallery.shape[0]
-    allocate = gallery.new_zeros if inverted is not None or grad.numel() == 0 else gallery.new_empty
+    is_partial = inverted is not None and not compact  # maps without a probe are no program's
+    allocate = gallery.new_zeros if is_partial or grad.numel() == 0 else gallery.new_empty
     out = allocate((rows, locations, channels))
     if out.numel() == 0 or grad.numel() == 0 or slots == 0:
         return out
     classes, indptr, pairs = inverted[:3] if inverted is not None else (None, None, None)
-    scale = gradient_scale(grad)
 
     def launch(tiling: config.Config) -> Any:
         tiles, num_warps, num_stages = tiling
@@ -586,12 +586,13 @@ def max_correlation_backward(
     """Both gradients, `[P, S, C]` and `[G, S, C]`; for the gallery maps `rows [T]` (ascending) only where given."""
     grad, pooled, argmax, rnorm, inverted, probe, gallery, index, _ = saved
     probe_out, gallery_out = probe.new_empty(0), gallery.new_empty(0)
+    scale = gradient_scale(grad)
     if needs_probe:
-        probe_out = probe_gradient(grad, argmax, rnorm, probe, gallery, index, inverted)
+        probe_out = probe_gradient(grad, scale, argmax, rnorm, probe, gallery, index, inverted)
     if needs_gallery:
         if inverted is not None and rows is not None:  # without the unused slots
             inverted = inverted._replace(classes=rows, indptr=inverted.indptr[: rows.shape[0] + 1])
-        gallery_out = gallery_gradient(grad, pooled, argmax, rnorm, probe, gallery, inverted, rows is not None)
+        gallery_out = gallery_gradient(grad, scale, pooled, argmax, rnorm, probe, gallery, inverted, rows is not None)
     return probe_out, gallery_out
 
 
@@ -607,6 +608,9 @@ def _backward_tiling(
 
 
 def gradient_scale(grad: Tensor) -> Tensor:
-    """A power of two `[1]` that brings the largest gradient near 1: fp16 weights neither overflow nor vanish."""
-    largest = torch.nan_to_num(grad.abs().amax(), nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
-    return torch.exp2(-largest.log2().floor()).reshape(1)
+    """A power of two `[]` that brings the largest gradient near 1: fp16 weights neither overflow nor vanish."""
+    if grad.numel() == 0:
+        return grad.new_ones(())
+    largest = torch.linalg.vector_norm(grad, ord=torch.inf).nan_to_num(nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
+    exponent = largest.view(torch.int32) & 0x7F800000  # biased, in place: of the inverse it is 254 less this one
+    return (0x7F000000 - exponent).view(torch.float32)

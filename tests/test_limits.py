@@ -34,7 +34,7 @@ from qaconv_triton import functional, ops, reference
 from qaconv_triton.common import candidates
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import InvertedIndex
-from qaconv_triton.kernels import config, max_correlation, topk_kernels, topk_search
+from qaconv_triton.kernels import config, max_correlation, prepare_maps, topk_kernels, topk_search
 from qaconv_triton.kernels.tiles import sortable, unsortable
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
@@ -213,14 +213,22 @@ def test_forward_and_norms_of_two_million_classes(sizes: Sizes) -> None:
 
 @interpreted
 def test_gradients_of_two_million_classes(sizes: Sizes) -> None:
-    maps = sizes.rnorm, sizes.probe, sizes.table
+    maps, upstream = (sizes.rnorm, sizes.probe, sizes.table), (sizes.pooled, empty())
     check_launch(
-        lambda: max_correlation.probe_gradient(sizes.pooled, sizes.argmax, *maps, sizes.index, sizes.inverted),
+        lambda: max_correlation.probe_gradient(*upstream, sizes.argmax, *maps, sizes.index, sizes.inverted),
         **sizes.values,
     )
     for compact in (False, True):
-        given = sizes.pooled, sizes.pooled, sizes.argmax, *maps, sizes.inverted, compact
+        given = *upstream, sizes.pooled, sizes.argmax, *maps, sizes.inverted, compact
         check_launch(lambda given=given: max_correlation.gallery_gradient(*given), **sizes.values)
+
+
+@interpreted
+def test_preparation_of_two_million_maps(sizes: Sizes) -> None:
+    maps, visibility, factors = sizes.table, empty(N, S), empty(N, S, 2)
+    check_launch(lambda: prepare_maps.prepare_maps(maps, visibility, torch.float32))
+    grad = empty(N, S, C)
+    check_launch(lambda: prepare_maps.prepare_maps_backward(grad, maps, visibility, factors, False))
 
 
 @interpreted
@@ -238,10 +246,9 @@ def test_all_pairs_of_a_large_gallery() -> None:
             probe, gallery, None, None, None, none, over_s, weight=weight, sums=sums
         )
     )
-    check_launch(lambda: max_correlation.probe_gradient(pooled, argmax, none, probe, gallery, None, None), p_scale=1)
-    check_launch(
-        lambda: max_correlation.gallery_gradient(pooled, pooled, argmax, none, probe, gallery, None, False), p_scale=1
-    )
+    given, maps = (pooled, empty()), (argmax, none, probe, gallery)
+    check_launch(lambda: max_correlation.probe_gradient(*given, *maps, None, None), p_scale=1)
+    check_launch(lambda: max_correlation.gallery_gradient(*given, pooled, *maps, None, False), p_scale=1)
 
 
 @interpreted

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import inverted_index
-from qaconv_triton.kernels import config, max_correlation, norms, topk_kernels, topk_search, tuning
+from qaconv_triton.kernels import config, max_correlation, norms, prepare_maps, topk_kernels, topk_search, tuning
 
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int16: "i16",
@@ -69,6 +69,8 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
         each for each in _score_cases(batch, neighbors, classes, 49, fp16, fp16) if each.name[:14] == "probe gradient"
     )
     yield own
+    for dtype, out_dtype in ((half, half), (single, single), (single, half)):
+        yield from _preparation_cases(batch, dtype, out_dtype)
     yield from _graph_cases(neighbors, classes)
 
 
@@ -82,6 +84,7 @@ def _score_cases(
     table = empty(classes, locations, CHANNELS, dtype=table_dtype)
     index, group = empty(batch, neighbors, dtype=torch.int64), empty(batch, dtype=torch.int64)
     pooled, sums = empty(batch, neighbors, 2 * locations), empty(batch, neighbors)
+    upstream = pooled, empty(())
     argmax, weight = pooled.to(torch.uint8), empty(2 * locations)
     inverted = inverted_index(index, classes)
     rnorm, none = empty(len(inverted.classes), locations), empty(0)
@@ -93,12 +96,12 @@ def _score_cases(
         return Case(f"{name} {shape}", max_correlation, partial(function, *args, **options), before)
 
     forward = (max_correlation._launch_forward, *scored)
-    probe_gradient = (max_correlation.probe_gradient, pooled, *of_classes, index, inverted)
-    gallery_gradient = (max_correlation.gallery_gradient, pooled, pooled, *of_classes, inverted)
+    probe_gradient = (max_correlation.probe_gradient, *upstream, *of_classes, index, inverted)
+    gallery_gradient = (max_correlation.gallery_gradient, *upstream, pooled, *of_classes, inverted)
     if locations == 49 and dtype == table_dtype:
-        pairs = (pooled, *of_pairs)
-        yield case("all pairs probe gradient", max_correlation.probe_gradient, *pairs, None, None)
-        yield case("all pairs gallery gradient", max_correlation.gallery_gradient, pooled, *pairs, None, compact=False)
+        pairs = (max_correlation.gallery_gradient, *upstream, pooled, *of_pairs)
+        yield case("all pairs probe gradient", max_correlation.probe_gradient, *upstream, *of_pairs, None, None)
+        yield case("all pairs gallery gradient", *pairs, None, compact=False)
     if locations == 49 and dtype != torch.float16:
         yield case("class path scores alone", *forward, weight=weight, sums=sums)
         yield case("sparse gallery gradient", *gallery_gradient, compact=True)
@@ -112,6 +115,20 @@ def _score_cases(
         yield case("all pairs match", max_correlation.pair_sums, probe, gallery, None, None, False, weight)
     yield case("probe gradient", *probe_gradient)
     yield case("gallery gradient", *gallery_gradient, compact=False)
+
+
+def _preparation_cases(batch: int, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Case]:
+    """Maps as they are matched, weighted by visibility and not, and the gradient of that."""
+    shape = f"C={CHANNELS} S=49 {TYPES[dtype]}" + ("" if dtype == out_dtype else f" to {TYPES[out_dtype]}")
+    empty = partial(torch.empty, device=META)
+    maps, grad = (empty(batch, 49, CHANNELS, dtype=each) for each in (dtype, out_dtype))
+    factors, visibility = empty(batch, 49, 2), empty(batch, 49)
+    for name, weights in (("", None), (" with visibility", visibility)):
+        is_unit = weights is None and dtype == out_dtype == torch.float32
+        forward = partial(prepare_maps.prepare_maps, maps, weights, out_dtype)
+        backward = partial(prepare_maps.prepare_maps_backward, grad, maps, weights, factors, is_unit)
+        yield Case(f"preparation{name} {shape}", prepare_maps, forward)
+        yield Case(f"preparation's gradient{name} {shape}", prepare_maps, backward)
 
 
 def _graph_cases(neighbors: int, classes: int) -> Iterator[Case]:
