@@ -95,6 +95,7 @@ def test_max_correlation_backward(backend: str, kind: str, needs: tuple[bool, bo
     ("kind", "dtype", "out_dtype"),
     [
         ("plain", torch.float32, torch.float32),
+        ("channels last", torch.float32, torch.float32),
         ("visibility", torch.float32, torch.bfloat16),
         ("channels last", torch.bfloat16, torch.bfloat16),
         ("not contiguous", torch.float16, torch.float32),

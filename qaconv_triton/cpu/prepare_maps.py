@@ -1,4 +1,7 @@
-"""Feature maps as they are matched, in plain torch, with the gradient written out; also in fp64 on a GPU."""
+"""Feature maps as they are matched, in plain torch, with the gradient written out; also in fp64 on a GPU.
+
+Little is allocated: to be given fresh pages takes longer than the arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,21 @@ import torch
 from torch import Tensor
 
 from ..common.dtypes import accumulation_dtype
-from ..common.norms import inverse_norm, power_of_two
+from ..common.norms import power_of_two
+
+
+def _scaled(maps: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Maps `[B, S, C]` times a scale, by default that of `power_of_two`, contiguous and in `dtype`; and the scale."""
+    wide = maps.to(dtype).contiguous()
+    scale = power_of_two(wide) if scale is None else scale
+    return (wide * scale if wide is maps else wide.mul_(scale)), scale
 
 
 def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `kernels.prepare_maps.prepare_maps`: unit maps times visibility `[B, S, C]`, and factors `[B, S, 2]`."""
-    wide = maps.to(accumulation_dtype(maps.dtype)).contiguous()
-    scale = power_of_two(wide)
-    unit = wide * scale
-    inverse = inverse_norm(unit)
+    unit, scale = _scaled(maps, None, accumulation_dtype(maps.dtype))
+    norm = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+    inverse = norm.reciprocal().masked_fill_(norm == 0, 0.0)
     unit *= inverse
     if visibility is not None:
         unit *= visibility.unsqueeze(2)
@@ -26,11 +35,11 @@ def prepare_maps_backward(
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.prepare_maps.prepare_maps_backward`: gradients to the maps and to visibility."""
     scale, inverse = factors.split(1, dim=2)
-    grad, unit = grad.to(factors.dtype), maps.to(factors.dtype).contiguous()
-    if not is_unit:
-        unit = (unit * scale).mul_(inverse)
-    radial = (grad * unit).sum(2, keepdim=True)  # the part that normalising removes
-    to_maps = torch.addcmul(grad, unit, radial, value=-1.0)
+    grad = grad.to(factors.dtype)
+    unit = maps.contiguous() if is_unit else _scaled(maps, scale, factors.dtype)[0].mul_(inverse)
+    product = grad * unit
+    radial = product.sum(2, keepdim=True)  # the part that normalising removes
+    to_maps = torch.addcmul(grad, unit, radial, value=-1.0, out=product)
     to_visibility = factors.new_empty(0)
     if visibility is not None:
         to_visibility = radial.squeeze(2)
