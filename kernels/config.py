@@ -135,6 +135,11 @@ def norms(channels: int) -> Config:
     return Config({"BR": 16, "BC": _power_of_two(channels, 16, 512)}, num_warps=4, num_stages=1)
 
 
+def preparation(channels: int) -> Config:
+    """Maps as they are matched, and the gradient: BR locations at a time, channels in steps of BC."""
+    return Config({"BR": 128 if INTERPRETED else 16, "BC": _power_of_two(channels, 16, 128)}, num_warps=4, num_stages=1)
+
+
 def neighbors_per_program(probes: int, neighbors: int) -> int:
     """How many neighbours a program streams past its probe: many, but not so many that programs get few."""
     return max(1, min(32, neighbors, probes * neighbors // 1024))

@@ -41,7 +41,7 @@ def _matches_kernel(
     p_pooled,  # [P, K, 2S] fp32
     p_argmax,  # [P, K, 2S]
     p_index,  # [P, K] int64
-    p_scale,  # [1] fp32
+    p_scale,  # [] fp32
     p_matches,  # [P, K, 2, width] int64
     p_radial,  # [P, K, width] fp32
     S,
@@ -87,7 +87,7 @@ class Matches(NamedTuple):
 
     packed: int64 `[P, K, 2, width]`: of s and of r the gradient of the pooled value and where its match lies.
     radial: fp32 `[P, K, width]` where maps were normalised by the kernel, else empty.
-    scale: `[1]`, what the gradients were multiplied with.
+    scale: `[]`, what the gradients were multiplied with.
     """
 
     packed: Tensor
@@ -134,7 +134,7 @@ def _probe_gradient_kernel(
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
     p_is_out_of_range,  # [] bool: whether some map is outside the safe range
-    p_scale,  # [1] fp32, brings the gradients into the range of half precision
+    p_scale,  # [] fp32, brings the gradients into the range of half precision
     p_out,  # [P, S, C]
     K,
     S,
@@ -237,7 +237,7 @@ def _gallery_gradient_kernel(
     p_classes,  # [T] int64: the gallery map of slot t, -1 for none
     p_indptr,  # [T + 1] int64: slot t's pairs
     p_pairs,  # [P*K] int64
-    p_scale,  # [1] fp32
+    p_scale,  # [] fp32
     p_out,  # [G or T, S, C]
     P,
     K,
@@ -321,12 +321,13 @@ def gallery_gradient(
     """Launch the gradient to the gallery maps, in their dtype.
 
     Returns:
-        `[G, S, C]`, zero for maps without a probe; with `compact`, `[T, S, C]` for the slots of `inverted` only.
+        `[G, S, C]`, zero for maps without a probe; with `compact`, `[T, S, C]` for the slots of `inverted`, all in use.
     """
     probes, locations, channels = probe.shape
     neighbors, width = found.packed.shape[1], found.packed.shape[3]
     slots = gallery.shape[0] if inverted is None else inverted.classes.shape[0]
-    allocate = gallery.new_zeros if inverted is not None else gallery.new_empty
+    is_partial = inverted is not None and not compact  # maps without a probe are no program's
+    allocate = gallery.new_zeros if is_partial else gallery.new_empty
     out = allocate((slots if compact else gallery.shape[0], locations, channels))
     if out.numel() == 0 or slots == 0:
         return out
@@ -384,6 +385,7 @@ def _tiling(
 
 
 def gradient_scale(grad: Tensor) -> Tensor:
-    """A power of two `[1]` that brings the largest gradient near 1: fp16 weights neither overflow nor vanish."""
-    largest = torch.nan_to_num(grad.abs().amax(), nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
-    return torch.exp2(-largest.log2().floor()).reshape(1)
+    """A power of two `[]` that brings the largest gradient near 1: fp16 weights neither overflow nor vanish."""
+    largest = torch.linalg.vector_norm(grad, ord=torch.inf).nan_to_num(nan=1.0, posinf=1.0).clamp(2.0**-100, 2.0**100)
+    exponent = largest.view(torch.int32) & 0x7F800000  # biased, in place: of the inverse it is 254 less this one
+    return (0x7F000000 - exponent).view(torch.float32)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .common.candidates import rescored_topk
 from .common.dtypes import accumulation_dtype
-from .common.norms import inverse_norm, power_of_two
 from .kernels import config
 from .progress import Progress, progress_reported_to
 from .validation import (
@@ -226,48 +224,15 @@ def correlation_dtype(maps: Tensor) -> torch.dtype:
     return maps.dtype
 
 
-class _Normalize(torch.autograd.Function):
-    """`common.norms.unit` of `[..., C]` with its gradient written out, which takes a third of the time.
-
-    Returns the unit vectors, and their inverse norms once they are scaled by a power of two.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(maps: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = maps * scale
-        inverse = inverse_norm(scaled)
-        return scaled.mul_(inverse), inverse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        unit, inverse = output
-        ctx.mark_non_differentiable(inverse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(unit, inverse, inputs[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        if grad is None:
-            return None, None
-        unit, inverse, scale = ctx.saved_tensors
-        radial = (grad * unit).sum(-1, keepdim=True)
-        return torch.addcmul(grad, unit, radial, value=-1.0).mul_(inverse).mul_(scale), None
-
-
 def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Normalise `maps [B, C, H, W]` over C at every location, weight them by visibility, and cast, channels-last.
 
     The arithmetic is fp32 (fp64 for fp64), whatever the maps' dtype. A zero vector stays zero.
     """
-    batch, _, height, width = maps.shape
-    wide = maps.permute(0, 2, 3, 1).to(accumulation_dtype(maps.dtype)).contiguous()
-    unit: Tensor = _Normalize.apply(wide, power_of_two(wide))[0]  # type: ignore[no-untyped-call]
     if visibility is not None:
-        unit = unit * visibility.to(unit.dtype).reshape(batch, height, width, 1)
-    return unit.to(dtype, memory_format=torch.contiguous_format).permute(0, 3, 1, 2)
+        visibility = visibility.to(accumulation_dtype(maps.dtype))
+    prepared: Tensor = ops.prepare_maps(maps, visibility, dtype)[0]
+    return prepared
 
 
 def max_correlation(
@@ -322,7 +287,7 @@ def max_correlation(
         if values_may_be_read(index):
             check_index(index, gallery.shape[0], "index", "gallery items")
         else:
-            index = torch.where((index < 0) | (index >= gallery.shape[0]), -1, index)
+            index = torch.where(index < gallery.shape[0], index, -1)
     dtype = correlation_dtype(probe)
     ready = prepare_maps(probe, probe_occ, dtype), prepare_maps(gallery, gallery_occ, dtype)
     pooled: Tensor = ops.max_correlation(*ready, index, None, False, False)[0]

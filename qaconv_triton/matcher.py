@@ -283,8 +283,8 @@ class QAConv(nn.Module):
         if values_may_be_read(labels):
             index = neighbors[labels]
         else:
-            invalid = (labels < 0) | (labels >= classes)
-            index = neighbors[labels.clamp(0, classes - 1)]
+            known = labels.clamp(0, classes - 1)
+            invalid, index = labels != known, neighbors[known]
         if self.include_self:
             index = torch.cat([index, labels.unsqueeze(1)], dim=1)
         if invalid is not None:

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from .common.backward import BackwardInputs
 from .common.dtypes import accumulation_dtype, argmax_dtype
-from .common.inverted_index import InvertedIndex, inverted_index, packed_size
+from .common.inverted_index import InvertedIndex, packed_index, packed_size
 from .kernels import config
 from .progress import progress_of_search
 
@@ -131,6 +131,77 @@ def _set_derivative(name: str, backward: Callable[..., Any], setup_context: Call
 
 
 @_operator
+def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Feature maps as they are matched: unit length over C at every location, times visibility.
+
+    Args:
+        maps: `[B, C, H, W]`; a zero vector stays zero.
+        visibility: `[B, 1, H, W]` or `[B, H, W]` fp32 (fp64 for fp64), 1 where None.
+        dtype: of the prepared maps.
+
+    Returns:
+        prepared maps `[B, C, H, W]`; and in the dtype of sums `[B, S, 2]`: a power of two and a positive number, whose
+        product is the inverse norm. Only the former are differentiable, once.
+    """
+    seen = None if visibility is None else visibility.flatten(1).contiguous()
+    with _as_given(maps):
+        backend = _backend("prepare_maps", maps.device, torch.promote_types(maps.dtype, dtype))
+        prepared, factors = backend.prepare_maps(_locations(maps), seen, dtype)
+    return _maps(prepared, maps), factors
+
+
+@_fake_of("prepare_maps")
+def _(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = maps.shape
+    prepared = _maps(maps.new_empty(batch, height * width, channels, dtype=dtype), maps)
+    return prepared, maps.new_empty(batch, height * width, 2, dtype=accumulation_dtype(maps.dtype))
+
+
+@_operator
+def prepare_maps_backward(
+    grad: Tensor, maps: Tensor, visibility: Tensor | None, factors: Tensor, is_unit: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `prepare_maps` to maps and visibility, in their dtypes and shapes; the latter empty without it.
+
+    With `is_unit`, `maps` are the prepared ones: of unit length.
+    """
+    seen = None if visibility is None else visibility.flatten(1).contiguous()
+    with _as_given(maps):
+        backend = _backend("prepare_maps", maps.device, torch.promote_types(maps.dtype, grad.dtype))
+        to_maps, to_visibility = backend.prepare_maps_backward(
+            _locations(grad).contiguous(), _locations(maps), seen, factors, is_unit
+        )
+    return _maps(to_maps, maps), to_visibility if visibility is None else to_visibility.view(visibility.shape)
+
+
+@_fake_of("prepare_maps_backward")
+def _(grad: Tensor, maps: Tensor, visibility: Tensor | None, factors: Tensor, is_unit: bool) -> tuple[Tensor, Tensor]:
+    to_maps = _maps(maps.new_empty(maps.shape[0], maps.shape[2] * maps.shape[3], maps.shape[1]), maps)
+    return to_maps, factors.new_empty(0 if visibility is None else visibility.shape)
+
+
+def _save_maps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    maps, visibility, dtype = inputs
+    prepared, factors = output
+    # what is kept anyway for the matching that follows, where that has not been rounded or weighted
+    ctx.is_unit = visibility is None and maps.dtype == dtype == factors.dtype
+    ctx.save_for_backward(prepared if ctx.is_unit else maps, visibility, factors)
+    ctx.mark_non_differentiable(factors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_maps(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None
+    to_maps, to_visibility = prepare_maps_backward(grad, *ctx.saved_tensors, ctx.is_unit)
+    needs_maps, needs_visibility, _ = ctx.needs_input_grad
+    return to_maps if needs_maps else None, to_visibility if needs_visibility else None, None
+
+
+_set_derivative("prepare_maps", _backward_of_maps, _save_maps)
+
+
+@_operator
 def max_correlation(
     probe: Tensor,
     gallery: Tensor,
@@ -158,12 +229,14 @@ def max_correlation(
     backend = _backend("max_correlation", probe.device, probe.dtype)
     index = None if index is None else index.contiguous()
     with _as_given(probe):
-        inverted = None if index is None else inverted_index(index, gallery.shape[0])
+        packed, inverted = probe.new_empty(0, dtype=torch.int64), None
+        if index is not None:
+            packed = packed_index(index, gallery.shape[0])
+            inverted = InvertedIndex.unpacked(packed, index.numel())
         maps = _locations(probe).contiguous()
         pooled, argmax, rnorm = backend.max_correlation(
             maps, _locations(gallery), index, group, inverted, normalize_gallery
         )
-    packed = probe.new_empty(0, dtype=torch.int64) if inverted is None else inverted.packed()
     return pooled, argmax, rnorm, packed
 
 
@@ -363,5 +436,5 @@ def _no_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError("qaconv_triton: trying to differentiate an operator that has no derivative, such as a gradient")
 
 
-for _name in ("max_correlation_backward", "pair_sums", "cosine_topk"):
+for _name in ("prepare_maps_backward", "max_correlation_backward", "pair_sums", "cosine_topk"):
     _set_derivative(_name, _no_derivative)

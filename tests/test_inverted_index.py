@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qaconv_triton.common.inverted_index import InvertedIndex, inverted_index, packed_size
+from qaconv_triton.common.inverted_index import InvertedIndex, inverted_index, packed_index, packed_size
 
 
 def check(index: torch.Tensor, num_classes: int) -> InvertedIndex:
@@ -23,12 +23,13 @@ def check(index: torch.Tensor, num_classes: int) -> InvertedIndex:
     assert found.indptr.shape == (slots + 1,)
     assert found.pairs.shape == (index.numel(),)
     assert all(part.dtype == torch.int64 and part.device == index.device for part in found)
-    assert len(found.packed()) == packed_size(index.numel(), num_classes)
-    assert all(map(torch.equal, InvertedIndex.unpacked(found.packed(), index.numel()), found))
+    packed = packed_index(index, num_classes)
+    assert len(packed) == packed_size(index.numel(), num_classes)
+    assert all(map(torch.equal, InvertedIndex.unpacked(packed, index.numel()), found))
     classes, offsets, pairs, of_pairs = (part.tolist() for part in found)
     assert [classes[slot] if slot >= 0 else -1 for slot in of_pairs] == index.flatten().clamp(min=-1).tolist()
     assert classes == sorted(naive) + [-1] * (slots - len(naive))
-    assert offsets[0] == 0
+    assert offsets[0] == (index < 0).sum()
     for slot, class_id in enumerate(classes):
         assert pairs[offsets[slot] : offsets[slot + 1]] == naive.get(class_id, [])
     assert sorted(pairs) == list(range(index.numel()))

@@ -34,7 +34,7 @@ from qaconv_triton import functional, ops, reference
 from qaconv_triton.common import candidates
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import InvertedIndex
-from qaconv_triton.kernels import config, max_correlation, topk_kernels, topk_search
+from qaconv_triton.kernels import config, max_correlation, max_correlation_backward, prepare_maps, topk_kernels, topk_search
 from qaconv_triton.kernels.tiles import sortable, unsortable
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
@@ -188,6 +188,8 @@ class Sizes:
         self.rnorm = empty(N, S)
         self.pooled = empty(probes, neighbors, 2 * S)
         self.argmax = empty(probes, neighbors, 2 * S, dtype=torch.uint8)
+        packed = empty(probes, neighbors, 2, 64, dtype=torch.int64)
+        self.matches = max_correlation_backward.Matches(packed, empty(probes, neighbors, 64), empty())
         assert self.pooled.numel() > 2**31
         pairs = probes * neighbors
         self.values: dict[str, Any] = {
@@ -213,14 +215,21 @@ def test_forward_and_norms_of_two_million_classes(sizes: Sizes) -> None:
 
 @interpreted
 def test_gradients_of_two_million_classes(sizes: Sizes) -> None:
-    maps = sizes.rnorm, sizes.probe, sizes.table
-    check_launch(
-        lambda: max_correlation.probe_gradient(sizes.pooled, sizes.argmax, *maps, sizes.index, sizes.inverted),
-        **sizes.values,
-    )
+    given = sizes.pooled, sizes.pooled, sizes.argmax, sizes.index, S, True
+    check_launch(lambda: max_correlation_backward.matches(*given), **sizes.values)
+    maps = sizes.matches, sizes.rnorm, sizes.probe, sizes.table
+    check_launch(lambda: max_correlation_backward.probe_gradient(*maps, sizes.index, sizes.inverted), **sizes.values)
     for compact in (False, True):
-        given = sizes.pooled, sizes.pooled, sizes.argmax, *maps, sizes.inverted, compact
-        check_launch(lambda given=given: max_correlation.gallery_gradient(*given), **sizes.values)
+        given = *maps, sizes.inverted, compact
+        check_launch(lambda given=given: max_correlation_backward.gallery_gradient(*given), **sizes.values)
+
+
+@interpreted
+def test_preparation_of_two_million_maps(sizes: Sizes) -> None:
+    maps, visibility, factors = sizes.table, empty(N, S), empty(N, S, 2)
+    check_launch(lambda: prepare_maps.prepare_maps(maps, visibility, torch.float32))
+    grad = empty(N, S, C)
+    check_launch(lambda: prepare_maps.prepare_maps_backward(grad, maps, visibility, factors, False))
 
 
 @interpreted
@@ -238,10 +247,11 @@ def test_all_pairs_of_a_large_gallery() -> None:
             probe, gallery, None, None, None, none, over_s, weight=weight, sums=sums
         )
     )
-    check_launch(lambda: max_correlation.probe_gradient(pooled, argmax, none, probe, gallery, None, None), p_scale=1)
-    check_launch(
-        lambda: max_correlation.gallery_gradient(pooled, pooled, argmax, none, probe, gallery, None, False), p_scale=1
-    )
+    check_launch(lambda: max_correlation_backward.matches(pooled, pooled, argmax, None, 192, False), p_scale=1)
+    found = max_correlation_backward.Matches(empty(3368, 15_913, 2, 192, dtype=torch.int64), none, empty())
+    given = found, none, probe, gallery, None
+    check_launch(lambda: max_correlation_backward.probe_gradient(*given, None), p_scale=1)
+    check_launch(lambda: max_correlation_backward.gallery_gradient(*given, False), p_scale=1)
 
 
 @interpreted
@@ -305,7 +315,7 @@ def test_maps_beyond_the_axes_of_a_launch_are_refused(locations: int, channels: 
         max_correlation.max_correlation(maps, maps, None, None, None, False)
     with pytest.raises(ValueError, match=rf"got {locations} locations and {channels} channels"):
         max_correlation.pair_sums(maps, maps, None, None, False, empty(2 * locations))
-    widest = config.correlation_backward(config.MAX_MAP_AXIS, config.MAX_MAP_AXIS, 4)
+    widest = config.correlation_backward(config.MAX_MAP_AXIS, config.MAX_MAP_AXIS, 4, 4)
     for tiles in (each.tiles for each in widest):
         assert math.ceil(config.MAX_MAP_AXIS / tiles["BR"]) <= AXES[1]
         assert math.ceil(config.MAX_MAP_AXIS / tiles["BC"]) <= AXES[2]

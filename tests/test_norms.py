@@ -13,6 +13,7 @@ import torch
 from tolerances import TOLERANCES, assert_close, assert_gradients, assert_values
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaconv_triton import QAConv, functional, ops, reference
 from qaconv_triton.common import norms
@@ -76,7 +77,7 @@ def assert_gradients_of_lengthened(got: Tensor, true: Tensor, exponents: Tensor,
 
 @pytest.mark.parametrize("dtype", EXPONENTS, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_maps_of_any_length(weighted: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_maps_of_any_length(weighted: bool, dtype: torch.dtype, backend: str, device: torch.device) -> None:
     exponents = exponents_for(dtype, 3, 1, 3, 5)
     maps, ordinary = lengthen(torch.randn(3, 12, 3, 5, dtype=torch.float64), exponents, dtype)
     visibility = torch.rand(3, 1, 3, 5) if weighted else None
@@ -112,20 +113,20 @@ def test_a_vector_of_unlike_channels(exponent: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient, ordinary.grad, rtol=relative, atol=1e-6)  # the radial part cancels
 
 
-def test_a_length_beyond_the_largest_number() -> None:
-    maps = torch.full((1, 64, 1, 1), 3e38, requires_grad=True)
+def test_a_length_beyond_the_largest_number(backend: str, device: torch.device) -> None:
+    maps = torch.full((1, 64, 1, 1), 3e38, device=device, requires_grad=True)
     unit = functional.prepare_maps(maps, None, torch.float32)
     unit[:, :32].sum().backward()
     assert_close(unit, torch.full_like(unit, 0.125), torch.float32)
-    true = torch.cat([torch.full((32,), 0.5), torch.full((32,), -0.5)]).double() / 8
+    true = torch.tensor([0.5] * 32 + [-0.5] * 32, dtype=torch.float64) / 8
     assert_close(maps.grad.flatten().double() * 3e38, true, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", EXPONENTS, ids=str)
-def test_zero_vectors_among_any_others(dtype: torch.dtype) -> None:
+def test_zero_vectors_among_any_others(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     maps, _ = lengthen(torch.randn(2, 4, 1, 13, dtype=torch.float64), exponents_for(dtype, 2, 1, 1, 13), dtype)
     maps[:, :, :, ::3] = 0
-    maps.requires_grad_()
+    maps = maps.to(device).requires_grad_()
     unit = functional.prepare_maps(maps, None, dtype)
     unit.backward(torch.randn_like(unit))
     assert unit[..., ::3].eq(0).all()
@@ -140,23 +141,68 @@ def test_prepared_maps_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *inputs: functional.prepare_maps(*inputs, torch.float64), (maps, visibility))
 
 
-def test_no_value_is_read_back_to_normalise() -> None:
-    """Meta tensors have none."""
-    maps = torch.empty(2, 3, 2, 2, device="meta", requires_grad=True)
-    functional.prepare_maps(maps, torch.ones(2, 1, 2, 2, device="meta"), torch.bfloat16).sum().backward()
-    assert maps.grad.shape == maps.shape
+class Unread(TorchDispatchMode):
+    """Refuses to read a value back."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_value_is_read_back_to_normalise(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    module = ops._backend("prepare_maps", device, dtype)
+    maps, visibility = (torch.rand(shape, dtype=dtype, device=device) for shape in ((2, 4, 3), (2, 4)))
+    with Unread():
+        prepared, factors = module.prepare_maps(maps, visibility, dtype)
+        module.prepare_maps_backward(prepared, maps, visibility, factors, False)
+    with Unread(), pytest.raises(AssertionError):
+        maps.sum().item()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_at_its_location(bad: float) -> None:
-    maps = torch.randn(2, 5, 2, 2)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_what_is_not_finite_stays_at_its_location(
+    bad: float, rounded: bool, backend: str, device: torch.device
+) -> None:
+    maps = torch.randn(2, 5, 2, 2, device=device)
     maps[:, :, 0, 0] *= 1e30
-    clean = functional.prepare_maps(maps, None, torch.float32)
-    maps[1, 2, 1, 0] = bad
-    unit = functional.prepare_maps(maps, None, torch.float32)
-    assert unit[1, :, 1, 0].isnan().any()
-    unit[1, :, 1, 0] = clean[1, :, 1, 0]
-    assert torch.equal(unit, clean)
+    results = []
+    for values in (maps, maps.index_put(tuple(torch.tensor([1, 2, 1, 0]).to(device)), maps.new_tensor(bad))):
+        values = values.clone().requires_grad_()
+        unit = functional.prepare_maps(values, None, torch.bfloat16 if rounded else torch.float32)
+        upstream = torch.linspace(-1, 1, unit.numel(), device=device).view_as(unit).to(unit.dtype)
+        results.append((unit.detach(), *torch.autograd.grad(unit, values, upstream)))
+    for clean, found in zip(*results, strict=True):
+        assert found[1, :, 1, 0].isnan().any()
+        found[1, :, 1, 0] = clean[1, :, 1, 0]
+        assert torch.equal(found, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_and_visibility_however_they_lie(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """The same bits, from any memory, in any shape and dtype of visibility; the gradients come back as these."""
+    shape = (3, 150, 5, 4)
+    maps, visibility = torch.randn(shape, device=device).to(dtype), torch.rand(3, 1, 5, 4, device=device).half()
+    wide = torch.randn(6, 300, 5, 4, device=device).to(dtype)
+    wide[::2, 1::2] = maps
+    upstream = torch.randn(shape, device=device)
+    results = []
+    for laid_out, weights in (
+        (maps, visibility),
+        (maps.contiguous(memory_format=torch.channels_last), visibility.squeeze(1)),
+        (wide[::2, 1::2], visibility.double()),
+        (maps.mT.contiguous().mT, visibility.mT.contiguous().mT.float()),
+    ):
+        inputs = laid_out.requires_grad_(), weights.requires_grad_()
+        prepared = functional.prepare_maps(*inputs, torch.bfloat16)
+        assert prepared.is_contiguous(memory_format=torch.channels_last)
+        gradients = torch.autograd.grad(prepared, inputs, upstream.bfloat16())
+        assert [each.dtype for each in gradients] == [each.dtype for each in inputs]
+        assert [each.shape for each in gradients] == [each.shape for each in inputs]
+        results.append((prepared.detach(), gradients[0], gradients[1].view_as(visibility).half()))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 # --- inverse norms

@@ -91,6 +91,39 @@ def test_max_correlation_backward(backend: str, kind: str, needs: tuple[bool, bo
         torch.library.opcheck(ops.max_correlation_backward, (grad, *saved, probe, gallery, index, group, rows, *needs))
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "out_dtype"),
+    [
+        ("plain", torch.float32, torch.float32),
+        ("channels last", torch.float32, torch.float32),
+        ("visibility", torch.float32, torch.bfloat16),
+        ("channels last", torch.bfloat16, torch.bfloat16),
+        ("not contiguous", torch.float16, torch.float32),
+        ("none", torch.float32, torch.float32),
+        ("visibility", torch.float64, torch.float64),
+        ("visibility", torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_prepare_maps(backend: str, kind: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    feature = maps(4, 1).to(dtype)
+    visibility = torch.rand(4, 1, *feature.shape[2:], device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    feature = {
+        "channels last": feature.contiguous(memory_format=torch.channels_last),
+        "not contiguous": feature.flip(0).mT.contiguous().mT[::2],
+        "none": feature[:0],
+    }.get(kind, feature)
+    weights = visibility if kind == "visibility" else None
+    prepared, factors = ops.prepare_maps(feature, weights, out_dtype)
+    grad = torch.randn_like(prepared)
+    for is_unit in (False, True) if dtype == out_dtype and weights is None else (False,):
+        given = grad, prepared if is_unit else feature, weights, factors, is_unit
+        torch.library.opcheck(ops.prepare_maps_backward, given, test_utils=EVERY_CHECK[:3])
+    inputs = feature.requires_grad_(), None if weights is None else weights.requires_grad_(), out_dtype
+    checks = EVERY_CHECK if out_dtype == torch.bfloat16 else EVERY_CHECK[:3]
+    torch.library.opcheck(ops.prepare_maps, inputs, test_utils=checks)
+
+
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
 def test_pair_sums(indexed: bool) -> None:
     probe, gallery, index, *_ = correlation_inputs("index", torch.float32)

@@ -52,6 +52,7 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(config, "select", lambda length: config.Config({"BM": 32, "BL": length}, 4, 1))
         monkeypatch.setattr(config, "sort", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
         monkeypatch.setattr(config, "LARGEST_TILE", 16)
+        monkeypatch.setattr(config, "preparation", lambda _: config.Config({"BR": 8, "BC": 16}, 4, 1))
 
 
 def class_path(height: int, width: int) -> list[Tensor]:
@@ -70,6 +71,15 @@ def class_path(height: int, width: int) -> list[Tensor]:
     expected = torch.where((index >= 0).unsqueeze(2), expected, torch.nan)
     assert_values(pooled, expected.detach(), torch.float32)
     return [pooled, argmax, rnorm, sums, *gradients]
+
+
+def preparation() -> list[Tensor]:
+    """Maps as they are matched, with a ragged last tile, and both gradients."""
+    maps = torch.randn(2, 20, 3, 7, device=DEVICE, requires_grad=True)
+    visibility = torch.rand(2, 1, 3, 7, device=DEVICE, requires_grad=True)
+    prepared = functional.prepare_maps(maps, visibility, torch.float32)
+    assert_values(prepared, (F.normalize(maps, dim=1) * visibility).detach(), torch.float32)
+    return [prepared, *torch.autograd.grad(prepared, (maps, visibility), torch.randn(prepared.shape, device=DEVICE))]
 
 
 def all_pairs() -> list[Tensor]:
@@ -103,6 +113,7 @@ def gallery_search() -> list[Tensor]:
 CASES: dict[str, Callable[[], list[Tensor]]] = {
     "class path": lambda: class_path(2, 2),
     "class path of two blocks": lambda: class_path(17, 1),
+    "preparation": preparation,
     "all pairs": all_pairs,
     "class graph": class_graph,
     "gallery search": gallery_search,

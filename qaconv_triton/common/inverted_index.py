@@ -17,7 +17,7 @@ class InvertedIndex(NamedTuple):
 
     classes: int64 `[T]`, ascending; -1 in unused slots, which come last and are empty.
     indptr: int64 `[T + 1]`.
-    pairs: int64 `[B*K]`, positions in the flattened `[B, K]` ids.
+    pairs: int64 `[B*K]`, positions in the flattened `[B, K]` ids; before `indptr[0]` are those that are left out.
     slots: int64 `[B*K]`, the slot of the pair at that position; -1 for a pair that is left out.
     """
 
@@ -26,16 +26,9 @@ class InvertedIndex(NamedTuple):
     pairs: Tensor
     slots: Tensor
 
-    def packed(self) -> Tensor:
-        """All of it in one tensor, int64 `[packed_size]`."""
-        parts = [part.new_zeros(_even(part.shape[0])) for part in self]
-        for padded, part in zip(parts, self, strict=True):
-            padded[: part.shape[0]] = part
-        return torch.cat(parts)
-
     @staticmethod
     def unpacked(packed: Tensor, pairs: int) -> InvertedIndex:
-        """What `packed` made, for that many pairs: views, as aligned as the whole, for kernels depend on it."""
+        """Of `packed_index`, for that many pairs: views, as aligned as the whole, for kernels depend on it."""
         slots = (packed.shape[0] - 2 * _even(pairs)) // 2 - 1
         sizes = slots, slots + 1, pairs, pairs
         parts = packed.split([_even(size) for size in sizes])
@@ -52,19 +45,24 @@ def _even(size: int) -> int:
     return size + size % 2
 
 
-def inverted_index(ids: Tensor, num_classes: int) -> InvertedIndex:
-    """Build the index of `ids` int64 `[B, K]` in `[0, num_classes)`; negative ids are left out."""
-    flat = ids.reshape(-1)
+def packed_index(ids: Tensor, num_classes: int) -> Tensor:
+    """Build the index of `ids` int64 `[B, K]` in `[0, num_classes)`, in one tensor; negative ids are left out."""
+    flat = ids.reshape(-1).clamp(min=-1)
     total = flat.numel()
-    slots = min(total, num_classes)
-    # Ids that are left out sort last, behind every real class.
-    sorted_ids, pairs = torch.where(flat < 0, num_classes, flat).sort(stable=True)
-    valid = sorted_ids < num_classes
-    is_first = torch.ones_like(valid)
-    is_first[1:] = sorted_ids[1:] != sorted_ids[:-1]
-    slot = is_first.cumsum(0) - 1
-    slot = torch.where(valid & (slot < slots), slot, slots)
-    classes = flat.new_full((slots + 1,), -1).scatter_(0, slot, torch.where(valid, sorted_ids, -1))[:slots]
-    indptr = torch.searchsorted(slot, torch.arange(slots + 1, device=flat.device))
-    slot_of_pair = torch.empty_like(slot).scatter_(0, pairs, torch.where(valid, slot, -1))
-    return InvertedIndex(classes, indptr, pairs, slot_of_pair)
+    packed = flat.new_empty(packed_size(total, num_classes))
+    classes, indptr, pairs, slots = InvertedIndex.unpacked(packed, total)
+    # Launches count here, not elements. In front of all is a -1: what is left out sorts next to it and starts no slot.
+    # Behind all is another one: unused slots begin there.
+    sorted_ids, slot = flat.new_full((2, total + 2), -1)
+    torch.sort(flat, stable=True, out=(sorted_ids[1:-1], pairs))
+    torch.ne(sorted_ids[1:-1], sorted_ids[:-2], out=slot[1:-1])
+    slot = slot[:-1].cumsum_(0)[1:]
+    torch.searchsorted(slot, torch.arange(indptr.shape[0], device=flat.device), out=indptr)
+    torch.index_select(sorted_ids[1:], 0, indptr[:-1], out=classes)
+    slots.scatter_(0, pairs, slot)
+    return packed
+
+
+def inverted_index(ids: Tensor, num_classes: int) -> InvertedIndex:
+    """As `packed_index`, in parts."""
+    return InvertedIndex.unpacked(packed_index(ids, num_classes), ids.numel())

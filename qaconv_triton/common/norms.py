@@ -33,7 +33,8 @@ COPIED_VALUES = 2**22  # at a time
 
 def power_of_two(vectors: Tensor) -> Tensor:
     """A power of two for each of `vectors [..., C]`, `[..., 1]`, that brings its largest value near 1."""
-    largest = vectors.detach().abs().amax(-1, keepdim=True)
+    vectors = vectors.detach()
+    largest = torch.maximum(vectors.amax(-1, keepdim=True), -vectors.amin(-1, keepdim=True))
     largest = largest.to(accumulation_dtype(vectors.dtype))
     bound = RANGES[largest.dtype].exponent
     return torch.exp2(-torch.frexp(largest).exponent.clamp(-bound, bound).to(largest.dtype))

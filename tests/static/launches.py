@@ -28,6 +28,7 @@ from qaconv_triton.kernels import (
     max_correlation,
     max_correlation_backward,
     norms,
+    prepare_maps,
     topk_kernels,
     topk_search,
     tuning,
@@ -77,6 +78,8 @@ def cases(batch: int = 256, neighbors: int = 256, classes: int = 10_572) -> Iter
         each for each in _score_cases(batch, neighbors, classes, 49, fp16, fp16) if each.name[:14] == "probe gradient"
     )
     yield own
+    for dtype, out_dtype in ((half, half), (single, single), (single, half)):
+        yield from _preparation_cases(batch, dtype, out_dtype)
     yield from _graph_cases(neighbors, classes)
 
 
@@ -95,7 +98,7 @@ def _score_cases(
     rnorm, none = empty(len(inverted.classes), locations), empty(0)
     width = 64 * triton.cdiv(locations, 64)
     packed = empty(batch, neighbors, 2, width, dtype=torch.int64)
-    found = max_correlation_backward.Matches(packed, empty(batch, neighbors, width), empty(1))
+    found = max_correlation_backward.Matches(packed, empty(batch, neighbors, width), empty(()))
     of_classes = (found, rnorm, probe, table)
     of_pairs = (found, none, probe, gallery)  # prepared maps: no norms
     scored = (probe, table, index, group, inverted, rnorm)
@@ -126,6 +129,20 @@ def _score_cases(
         yield case("matches of gradients", *matches, has_radial=True)
     yield case("probe gradient", *probe_gradient)
     yield case("gallery gradient", *gallery_gradient, compact=False)
+
+
+def _preparation_cases(batch: int, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Case]:
+    """Maps as they are matched, weighted by visibility and not, and the gradient of that."""
+    shape = f"C={CHANNELS} S=49 {TYPES[dtype]}" + ("" if dtype == out_dtype else f" to {TYPES[out_dtype]}")
+    empty = partial(torch.empty, device=META)
+    maps, grad = (empty(batch, 49, CHANNELS, dtype=each) for each in (dtype, out_dtype))
+    factors, visibility = empty(batch, 49, 2), empty(batch, 49)
+    for name, weights in (("", None), (" with visibility", visibility)):
+        is_unit = weights is None and dtype == out_dtype == torch.float32
+        forward = partial(prepare_maps.prepare_maps, maps, weights, out_dtype)
+        backward = partial(prepare_maps.prepare_maps_backward, grad, maps, weights, factors, is_unit)
+        yield Case(f"preparation{name} {shape}", prepare_maps, forward)
+        yield Case(f"preparation's gradient{name} {shape}", prepare_maps, backward)
 
 
 def _graph_cases(neighbors: int, classes: int) -> Iterator[Case]:
