@@ -146,14 +146,16 @@ def _append_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "k"])
+@triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"])
 def _select_kernel(
     p_buffers,  # [rows, capacity] int64
     p_counts,  # [rows] int32
     p_thresholds,  # [rows] int64
     p_saved_counts,  # [rows] int32: with ROLLBACK, the counts to return to
+    p_best,  # [rows, stride_best] int64: where the k best go, which may be the buffers
     rows,
     capacity,
+    stride_best,
     k,
     ROLLBACK: tl.constexpr,
     BM: tl.constexpr,
@@ -192,7 +194,8 @@ def _select_kernel(
         tl.store(p_thresholds + o_row, tl.where(b_count < k, b_threshold, b_raised), mask=m_row)
         tl.store(p_counts + o_row, tl.minimum(b_count, k), mask=m_row)
         b_position = tl.cumsum(m_keep.to(tl.int32), axis=1) - 1
-        tl.store(p_buffer + b_position, b_candidate, mask=m_keep)
+        p_row = p_best + o_row[:, None].to(tl.int64) * stride_best
+        tl.store(p_row + b_position, b_candidate, mask=m_keep)
 
 
 @triton.jit(do_not_specialize=["rows", "k"])
@@ -235,12 +238,23 @@ class CandidateBuffer:
     def compact(self, k: int) -> None:
         """Keep the k best candidates of every row, in no order; the last of them is the new threshold."""
         if self.longest:
-            self._select(k, None)
+            self._select(k, self.candidates, None)
             self.longest = min(self.longest, k)
 
-    def rollback(self, k: int, saved_counts: Tensor) -> None:
-        """Drop what was found since `saved_counts`, but raise the thresholds to just below the k-th best of it."""
-        self._select(k, saved_counts)
+    def keep_best(self, best: Tensor) -> None:
+        """As `compact`, to `best [rows, k]`, of which what is beyond a row's candidates stays; uses up the buffer."""
+        if self.longest:
+            self._select(best.shape[1], best, None)
+
+    def resume(self, best: Tensor) -> None:
+        """Start with the candidates that `keep_best` gave; other ones are `EMPTY`."""
+        self.candidates[:, : best.shape[1]] = best
+        torch.sum(best != packing.EMPTY, dim=1, dtype=torch.int32, out=self.counts)
+        self.longest = best.shape[1]
+
+    def rollback(self, k: int, saved_counts: Tensor | None) -> None:
+        """Return to `saved_counts`, zero where None, but raise thresholds to just below the k-th best found since."""
+        self._select(k, self.candidates, torch.zeros_like(self.counts) if saved_counts is None else saved_counts)
         self.read_longest()
 
     def read_longest(self) -> int:
@@ -248,27 +262,29 @@ class CandidateBuffer:
         self.longest = int(self.counts.max())
         return self.longest
 
-    def _select(self, k: int, saved_counts: Tensor | None) -> None:
+    def _select(self, k: int, best: Tensor, saved_counts: Tensor | None) -> None:
         count, capacity = self.candidates.shape
         size = triton.next_power_of_2(max(16, k, min(self.longest, capacity)))
         if size > MAX_KERNEL_LIST:
             for start in range(0, count, max(1, TORCH_TOPK_ENTRIES // size)):
-                self._select_with_torch(k, slice(start, start + max(1, TORCH_TOPK_ENTRIES // size)), saved_counts)
+                rows = slice(start, start + max(1, TORCH_TOPK_ENTRIES // size))
+                self._select_with_torch(k, rows, best, saved_counts)
             return
         tiles, num_warps, num_stages = config.select(size)
         _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
-            self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts,
-            count, capacity, k, ROLLBACK=saved_counts is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+            self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts, best,
+            count, capacity, best.stride(0), k, ROLLBACK=saved_counts is not None,
+            **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    def _select_with_torch(self, k: int, rows: slice, saved_counts: Tensor | None) -> None:
+    def _select_with_torch(self, k: int, rows: slice, best: Tensor, saved_counts: Tensor | None) -> None:
         positions = torch.arange(min(self.longest, self.candidates.shape[1]), device=self.candidates.device)
         is_empty = positions >= self.counts[rows].unsqueeze(1)
         candidates = self.candidates[rows, : len(positions)].masked_fill(is_empty, packing.EMPTY)
-        best = candidates.topk(min(k, len(positions)), dim=1).values
-        last = best[:, -1] if len(positions) >= k else torch.full_like(best[:, 0], packing.EMPTY)
+        found = candidates.topk(min(k, len(positions)), dim=1).values
+        last = found[:, -1] if len(positions) >= k else torch.full_like(found[:, 0], packing.EMPTY)
         if saved_counts is None:
-            self.candidates[rows, : best.shape[1]] = best
+            best[rows, : found.shape[1]] = found
             self.counts[rows] = self.counts[rows].clamp(max=k)
         else:
             last = torch.where(last == packing.EMPTY, last, last - 1)

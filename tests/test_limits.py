@@ -259,7 +259,10 @@ def test_search_among_two_million_classes(rows: int) -> None:
     def largest(*values: Any) -> int:  # of the steps that are planned, none before the first round, all there are
         return 2**31 if values[0] == 0 else max(*values)
 
-    with mock.patch.object(topk_search, "max", largest, create=True):
+    with (
+        mock.patch.object(topk_search, "max", largest, create=True),
+        mock.patch.object(topk_search, "ROUND_FLOPS", 2**80),
+    ):
         for tiling in config.cosine_topk(dim, 2)[:2]:
             best = buffer.candidates[:, :k]
             search = topk_search.TopKSearch(k, capacity, tiling, best, buffer.thresholds, None).search_tiles
