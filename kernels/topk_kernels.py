@@ -15,12 +15,13 @@ from torch import Tensor
 
 from ..common import candidates as packing
 from . import config
-from .tiles import dot, sortable, unsortable
+from .tiles import HIGHEST, dot, sortable, unsortable
 
 EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
+MAX_SORTED_LIST = 1024  # of candidates that the kernel sorts; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
 
 
@@ -146,7 +147,7 @@ def _append_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"])
+@triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"], do_not_specialize_on_alignment=["p_best"])
 def _select_kernel(
     p_buffers,  # [rows, capacity] int64
     p_counts,  # [rows] int32
@@ -173,16 +174,26 @@ def _select_kernel(
     if ROLLBACK:
         b_saved = tl.load(p_saved_counts + o_row, mask=m_row, other=0)
     tl.debug_barrier()  # below, candidates, counts and thresholds are replaced: every thread has read them before
-    # Halve [low, high) until k candidates reach low, or it holds one number only; fewer than k reach high.
-    b_low = tl.full([BM], EMPTY, tl.int64)
-    b_high = tl.max(b_candidate, axis=1) + 1
-    searching = m_row & (b_count > k)
-    while tl.max(searching.to(tl.int32), axis=0) > 0:
-        b_middle = (b_low & b_high) + ((b_low ^ b_high) >> 1)
+    # Halve [low, high], at whose low end k candidates or more are left, until exactly k are: by similarity, which is
+    # quick, and where more than k reach the last similarity, by id among those that equal it.
+    b_key = (b_candidate >> 32).to(tl.int32)
+    b_low_key = tl.min(tl.where(m_candidate, b_key, HIGHEST), axis=1)
+    b_high_key = tl.max(b_key, axis=1)
+    searching = b_count > k
+    while tl.max((searching & (b_low_key < b_high_key)).to(tl.int32), axis=0) > 0:
+        b_middle_key = (b_low_key | b_high_key) - ((b_low_key ^ b_high_key) >> 1)
+        b_reach = tl.sum((b_key >= b_middle_key[:, None]).to(tl.int32), axis=1)
+        b_low_key = tl.where(searching & (b_reach >= k), b_middle_key, b_low_key)
+        b_high_key = tl.where(searching & (b_reach < k), b_middle_key - 1, b_high_key)
+        searching = searching & (b_reach != k)
+    b_low = b_low_key.to(tl.int64) << 32
+    b_high = b_low | LAST_ID
+    while tl.max((searching & (b_low < b_high)).to(tl.int32), axis=0) > 0:
+        b_middle = (b_low | b_high) - ((b_low ^ b_high) >> 1)
         b_reach = tl.sum((b_candidate >= b_middle[:, None]).to(tl.int32), axis=1)
         b_low = tl.where(searching & (b_reach >= k), b_middle, b_low)
-        b_high = tl.where(searching & (b_reach < k), b_middle, b_high)
-        searching = searching & (b_reach != k) & (b_low + 1 < b_high)
+        b_high = tl.where(searching & (b_reach < k), b_middle - 1, b_high)
+        searching = searching & (b_reach != k)
     m_keep = m_candidate & (b_candidate >= b_low[:, None])
     b_last = tl.min(tl.where(m_keep, b_candidate, HIGHEST_CANDIDATE), axis=1)
     if ROLLBACK:  # the k-th found so far is yet to be kept: the threshold stays below it
@@ -198,6 +209,18 @@ def _select_kernel(
         tl.store(p_row + b_position, b_candidate, mask=m_keep)
 
 
+@triton.jit
+def _exchange(b_candidate, RUN: tl.constexpr, DISTANCE: tl.constexpr):
+    """Order candidates `[BM, BK]` at a distance; runs of `2^RUN` of them fall and rise in turn."""
+    PAIRS: tl.constexpr = b_candidate.shape[1] // (2 * DISTANCE)
+    b_pair = tl.reshape(b_candidate, [b_candidate.shape[0], PAIRS, 2, DISTANCE])
+    b_other = tl.sum(b_pair, axis=2, keep_dims=True) - b_pair  # the compiler sees through it
+    is_second = tl.arange(0, 2)[None, None, :, None]
+    is_rising = ((tl.arange(0, PAIRS) * (2 * DISTANCE)) >> RUN & 1)[None, :, None, None]
+    b_pair = tl.where((b_pair > b_other) == (is_second == is_rising), b_pair, b_other)
+    return tl.reshape(b_pair, b_candidate.shape)
+
+
 @triton.jit(do_not_specialize=["rows", "k"])
 def _sort_kernel(
     p_candidates,  # [rows, k] int64
@@ -208,22 +231,17 @@ def _sort_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sort candidates, descending, and unpack them: all differ, so a position is the number of larger ones."""
+    """Sort candidates, descending, by a bitonic network, and unpack them."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    m_row = (o_row < rows)[:, None]
-    m_candidate = m_row & (o_k[None, :] < k)
-    p_row = p_candidates + o_row[:, None].to(tl.int64) * k
-    b_candidate = tl.load(p_row + o_k[None, :], mask=m_candidate, other=EMPTY)
-    b_position = tl.zeros([BM, BK], tl.int32)
-    for i_k in range(0, k, BK):
-        o_j = i_k + tl.arange(0, BK)
-        b_other = tl.load(p_row + o_j[None, :], mask=m_row & (o_j[None, :] < k), other=EMPTY)
-        b_larger = b_other[:, None, :] > b_candidate[:, :, None]  # [BM, BK, BK]
-        b_position += tl.sum(b_larger.to(tl.int32), axis=2)
-    o_out = o_row[:, None].to(tl.int64) * k + b_position
-    tl.store(p_similarities + o_out, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
-    tl.store(p_ids + o_out, ((b_candidate & LAST_ID) ^ LAST_ID) - 1, mask=m_candidate)
+    o_k = tl.arange(0, BK)
+    m_candidate = (o_row < rows)[:, None] & (o_k < k)[None, :]
+    o_candidate = o_row[:, None].to(tl.int64) * k + o_k[None, :]
+    b_candidate = tl.load(p_candidates + o_candidate, mask=m_candidate, other=EMPTY)
+    for run in tl.static_range(1, BK.bit_length()):
+        for i_step in tl.static_range(run):
+            b_candidate = _exchange(b_candidate, run, 1 << (run - 1 - i_step))
+    tl.store(p_similarities + o_candidate, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
+    tl.store(p_ids + o_candidate, ((b_candidate & LAST_ID) ^ LAST_ID) - 1, mask=m_candidate)
 
 
 class CandidateBuffer:
@@ -297,13 +315,13 @@ def sorted_topk(candidates: Tensor) -> tuple[Tensor, Tensor]:
     count, k = candidates.shape
     similarities = torch.empty(count, k, dtype=torch.float32, device=candidates.device)
     ids = torch.empty(count, k, dtype=torch.int64, device=candidates.device)
-    if k > MAX_KERNEL_LIST:  # comparing all with all is slow
+    if k > MAX_SORTED_LIST:
         for rows in torch.arange(count, device=candidates.device).split(max(1, TORCH_TOPK_ENTRIES // k)):
             best = candidates[rows].sort(dim=1, descending=True).values
             similarities[rows], ids[rows] = packing.unpack(best)
     elif candidates.numel():
         tiles, num_warps, num_stages = config.sort(k)
-        _sort_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
+        _sort_kernel[(triton.cdiv(count, tiles["BM"]),)](
             candidates, similarities, ids, count, k, **tiles, num_warps=num_warps, num_stages=num_stages
         )
     return similarities, ids

@@ -125,13 +125,17 @@ class TopKSearch:
         """A buffer for a chunk's rows, with the best so far, and with their thresholds, which rise with it."""
         span = _span(chunk)
         buffer = CandidateBuffer(len(chunk.rows), self.capacity, self.best.device)
-        buffer.thresholds = self.thresholds[span]
+        thresholds = self.thresholds[span]  # a view, if kernels need not be compiled for its alignment
+        buffer.thresholds = thresholds if thresholds.data_ptr() % 16 == 0 else thresholds.clone()
         if not is_new:
             buffer.resume(self.best[span])
         return buffer
 
     def _keep_best(self, chunk: Chunk, buffer: CandidateBuffer) -> None:
         buffer.keep_best(self.best[_span(chunk)])
+        thresholds = self.thresholds[_span(chunk)]
+        if buffer.thresholds.data_ptr() != thresholds.data_ptr():
+            thresholds.copy_(buffer.thresholds)
 
     def _tiles(self, rows: int, columns: int, is_same: bool) -> int:
         return triton.cdiv(rows, self.tiles["BM"]) * self._steps(columns, is_same)

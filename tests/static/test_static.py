@@ -39,7 +39,7 @@ HANDED_OVER = {
     "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs match C=512 S=192": {"p_pooled"},
-    "compaction of": {"p_buffers", "p_counts", "p_thresholds"},
+    "compaction of": {"p_counts", "p_thresholds"},  # and p_buffers, as p_best, behind the same barrier
     "rollback of": {"p_counts", "p_thresholds"},
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
