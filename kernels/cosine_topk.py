@@ -117,13 +117,15 @@ def _raise_from_sample(
     (num_keys, dim), positions, most = keys.table.shape, range(len(keys.table)), None
     tiling = config.cosine_topk(*_shape_class(dim, keys.dtype))[0]
     samples: list[tuple[Chunk, int, int]] = []
-    for sample in nested_samples(num_keys, dim, k):
-        if samples:  # what the threshold of this sample leaves of the one around it
-            samples[-1] = (*samples[-1][:2], min(samples[-1][2], sample.most))
-        is_first, positions = len(positions) == num_keys, positions[sample.keys]
+    for number, sample in enumerate(nested_samples(num_keys, dim, k)):
+        if samples:  # this sample's threshold leaves so much of the sample that it is from
+            outer, rank, capacity = samples[-1]
+            samples[-1] = outer, rank, min(capacity, sample.most)
+        positions = positions[sample.keys]
         if len(positions) * _moved_bytes(keys) > workspace_bytes // 4:
-            continue
-        most = sample.most if is_first else most
+            continue  # those inside of it are smaller
+        if number == 0:
+            most = sample.most
         chunk = next(keys.part(slice(positions.start, positions.stop, positions.step)).chunks([0]))
         samples.append((chunk, sample.rank, min(len(positions), MAX_KERNEL_LIST)))
     if samples:

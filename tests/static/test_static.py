@@ -102,7 +102,8 @@ def test_every_kernel_compiles_and_fits(defaults: Reports) -> None:
     assert len(defaults) == LAUNCHES
     for each in defaults:
         assert "does not compile" not in each.status, each
-        assert 0 < each.shared <= SHARED_LIMIT[each.arch], each
+        assert each.shared <= SHARED_LIMIT[each.arch], each
+        assert each.shared > 0 or each.kernel not in PRODUCTS, each
         assert 0 < each.registers * each.threads <= REGISTERS["gfx" if "gfx" in each.arch else "sm"], each
         assert each.registers <= (512 if "gfx" in each.arch else 255), each
 
