@@ -158,7 +158,7 @@ def test_the_sign_of_a_zero_is_dropped_by_integers(defaults: Reports) -> None:
 )
 def test_loops_carry_what_a_later_turn_reads() -> None:
     loops = run("--loops", "--arch", WITH_OTHERS)
-    assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS}
+    assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS} - {"_sort_kernel"}  # which is unrolled
     assert [loop for loop in loops if loop["missing"]] == []
 
 
