@@ -195,12 +195,13 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
 
 
 def select(length: int) -> Config:
-    """Buffers of up to BL candidates, a power of two, BM of them a program: they are held in registers."""
-    rows = max(1, (2**17 if INTERPRETED else 2**11) // length)
-    return Config({"BM": rows, "BL": length}, num_warps=8 if length > 2**11 else 4, num_stages=1)
+    """Buffers of up to BL candidates, a power of two, BM of them a program: they are held in registers, 32 a thread."""
+    rows = max(1, (2**17 if INTERPRETED else 2**10) // length)
+    return Config({"BM": rows, "BL": length}, num_warps=max(1, length // 2**10), num_stages=1)
 
 
 def sort(k: int) -> Config:
-    """BK of the k candidates of BM rows, compared with all the others BK at a time."""
-    tile = _power_of_two(k, 16, 64)
-    return Config({"BM": 2**18 // tile**2 if INTERPRETED else 1, "BK": tile}, num_warps=4, num_stages=1)
+    """The k candidates of BM rows, a power of two BK, in registers: 8 a thread."""
+    width = _power_of_two(k, 16, 2**30)
+    rows = max(1, (2**16 if INTERPRETED else 2**8) // width)
+    return Config({"BM": rows, "BK": width}, num_warps=max(1, width // 2**8), num_stages=1)

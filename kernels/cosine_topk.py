@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..common.candidates import EMPTY, pack_threshold, unpack
 from ..common.chunks import Chunk, ChunkedTable, workspace
-from ..common.thresholds import expected_candidates, initial_thresholds
+from ..common.thresholds import expected_candidates, nested_samples, thresholds_from_previous
 from ..progress import Progress
 from . import config, tuning
-from .topk_kernels import CandidateBuffer, sorted_topk
+from .topk_kernels import MAX_KERNEL_LIST, TORCH_TOPK_ENTRIES, CandidateBuffer, sorted_topk
 from .topk_search import TopKSearch
 
 PINNED_BYTES = 2**31  # of a chunk in page-locked host memory
@@ -50,27 +50,24 @@ def cosine_topk(
         similarities fp32 `[P, k]`, descending, and indices int64 `[P, k]`; equal similarities by ascending index.
     """
     device, dtype = device or queries.device, dtype or queries.dtype
-    table = queries if keys is None else keys
     best = torch.full((len(queries), k), EMPTY, dtype=torch.int64, device=device)
     if best.numel() == 0:
         return sorted_topk(best)
-    rounding = 2**-7 if dtype != table.dtype or config.precision() == "tf32" else 1e-5
-
-    def kth_best(sample: slice, rank: int) -> Tensor:
-        return cosine_topk(queries, table[sample], rank, None, workspace_bytes, device, dtype)[0][:, -1]
-
-    estimate = initial_thresholds(queries, table, k, previous, rounding, kth_best)
-    thresholds = torch.full((len(queries),), EMPTY, dtype=torch.int64, device=device)
-    if estimate is not None:
-        thresholds = pack_threshold(estimate.to(device))
-    _search(queries, keys, k, best, thresholds, workspace_bytes, dtype, progress)
+    workspace_bytes = workspace(device) if workspace_bytes is None else workspace_bytes
+    rounding = 2**-7 if dtype != queries.dtype or config.precision() == "tf32" else 1e-5
+    estimate = thresholds_from_previous(queries, queries if keys is None else keys, previous, rounding)
+    left = ChunkedTable(queries, len(queries), device, dtype)
+    right = left if keys is None else ChunkedTable(keys, len(keys), device, dtype)
+    no_thresholds = torch.full((len(queries),), EMPTY, dtype=torch.int64, device=device)
+    thresholds = no_thresholds if estimate is None else pack_threshold(estimate.to(device))
+    most = None if estimate is not None else _raise_from_sample(left, right, k, thresholds, workspace_bytes)
+    _search(left, None if keys is None else right, k, best, thresholds, workspace_bytes, most, progress)
     # Rows whose estimate was too high: once more among all keys, themselves included, without a threshold.
     short = (best[:, -1] == EMPTY).nonzero().flatten()
     for rows in short.split(RETRY_ROWS) if len(short) else ():
         retry = torch.full((len(rows), k + (keys is None)), EMPTY, dtype=torch.int64, device=device)
         no_thresholds = torch.full((len(rows),), EMPTY, dtype=torch.int64, device=device)
-        some = queries[rows.to(queries.device)]
-        _search(some, table, retry.shape[1], retry, no_thresholds, workspace_bytes, dtype, None)
+        _search(left.part(rows), right, retry.shape[1], retry, no_thresholds, workspace_bytes, None, None)
         best[rows] = retry if keys is not None else _without_self(rows, retry)
     return sorted_topk(best)
 
@@ -90,11 +87,13 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
     device, dtype, split = left.device, left.dtype, len(left)
     best = torch.full((split + len(right), k), EMPTY, dtype=torch.int64, device=device)
     packed = pack_threshold(thresholds)
-    tiling = _select_tiling(left, right, k, packed, None, dtype)
-    longer = max(left, right, key=len)
-    capacity, size = _sizes(longer, longer, k, tiling.tiles["BN"], None, device, dtype, buffers=2)
-    search = TopKSearch(k, capacity, tiling, best, packed, None)
-    search.mutual_search(ChunkedTable(left, size, device, dtype), ChunkedTable(right, size, device, dtype))
+    workspace_bytes = workspace(device)
+    tables = [ChunkedTable(table, len(table), device, dtype) for table in (left, right)]
+    tiling = _select_tiling(tables[0], tables[1], k, packed, workspace_bytes)
+    longer = max(tables, key=lambda table: table.size)
+    capacity, size = _sizes(longer, longer, k, tiling.tiles["BN"], workspace_bytes, buffers=2)
+    search = TopKSearch(k, capacity, tiling, best, packed, None, is_one_round=capacity >= longer.size)
+    search.mutual_search(*(table.with_size(size) for table in tables))
     similarities, ids = sorted_topk(best)
     return similarities.masked_fill_((best == EMPTY).sort(dim=1, stable=True).values, -torch.inf), ids
 
@@ -107,51 +106,87 @@ def _without_self(ids: Tensor, candidates: Tensor) -> Tensor:
     return candidates[kept].view(len(candidates), -1)
 
 
+def _raise_from_sample(
+    queries: ChunkedTable, keys: ChunkedTable, k: int, thresholds: Tensor, workspace_bytes: int
+) -> int | None:
+    """Raise `thresholds [P]` to estimates from a sample of the keys.
+
+    Returns:
+        How many candidates a row will hardly ever have above its threshold; None where nothing is known.
+    """
+    (num_keys, dim), positions, most = keys.table.shape, range(len(keys.table)), None
+    tiling = config.cosine_topk(*_shape_class(dim, keys.dtype))[0]
+    samples: list[tuple[Chunk, int, int]] = []
+    for number, sample in enumerate(nested_samples(num_keys, dim, k)):
+        if samples:  # this sample's threshold leaves so much of the sample that it is from
+            outer, rank, capacity = samples[-1]
+            samples[-1] = outer, rank, min(capacity, sample.most)
+        positions = positions[sample.keys]
+        if len(positions) * _moved_bytes(keys) > workspace_bytes // 4:
+            continue  # those inside of it are smaller
+        if number == 0:
+            most = sample.most
+        chunk = next(keys.part(slice(positions.start, positions.stop, positions.step)).chunks([0]))
+        samples.append((chunk, sample.rank, min(len(positions), MAX_KERNEL_LIST)))
+    if samples:
+        rows = _chunk_rows(queries, max(capacity for *_, capacity in samples), tiling.tiles["BN"], workspace_bytes)
+        search = TopKSearch(k, 0, tiling, thresholds.unsqueeze(1), thresholds, None)
+        search.estimate(queries.with_size(rows), samples[::-1])
+    return most
+
+
 def _search(
-    queries: Tensor,
-    keys: Tensor | None,
+    queries: ChunkedTable,
+    keys: ChunkedTable | None,
     k: int,
     best: Tensor,
     thresholds: Tensor,
-    workspace_bytes: int | None,
-    dtype: torch.dtype,
+    workspace_bytes: int,
+    most: int | None,
     progress: Progress | None,
 ) -> None:
-    """Fill `best [P, k]` with the candidates above `thresholds [P]`, as far as there are k; both are changed."""
-    table, device = queries if keys is None else keys, best.device
-    tiling = _select_tiling(queries, keys, k, thresholds, workspace_bytes, dtype)
-    capacity, size = _sizes(queries, table, k, tiling.tiles["BN"], workspace_bytes, device, dtype)
-    search = TopKSearch(k, capacity, tiling, best, thresholds, progress)
+    """Fill `best [P, k]` with the candidates above `thresholds [P]`, as far as there are k; both are changed.
+
+    `most`: how many candidates a row will hardly ever have above its threshold, None where nothing is known.
+    """
+    table = queries if keys is None else keys
+    tiling = _select_tiling(queries, keys, k, thresholds, workspace_bytes)
+    capacity, size = _sizes(queries, table, k, tiling.tiles["BN"], workspace_bytes, most)
+    is_one_round = capacity >= min(len(table.table), most or len(table.table))
+    search = TopKSearch(k, capacity, tiling, best, thresholds, progress, is_one_round)
     if keys is None:
-        search.self_search(ChunkedTable(queries, size, device, dtype))
+        search.self_search(queries.with_size(size))
     else:
-        key_rows = size if keys.device != device or keys.dtype != dtype else len(keys)
-        search.cross_search(ChunkedTable(queries, size, device, dtype), ChunkedTable(keys, key_rows, device, dtype))
+        search.cross_search(queries.with_size(size), keys.with_size(size if keys.is_moved else len(keys.table)))
+
+
+def _shape_class(dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    return 1 << (max(dim, 1).bit_length() - 1), dtype.itemsize
 
 
 def _select_tiling(
-    queries: Tensor, keys: Tensor | None, k: int, thresholds: Tensor, workspace_bytes: int | None, dtype: torch.dtype
+    queries: ChunkedTable, keys: ChunkedTable | None, k: int, thresholds: Tensor, workspace_bytes: int
 ) -> config.Config:
     """The tiles of a search; where they are compared, by a part of it: some queries among as many keys."""
-    table, device = queries if keys is None else keys, thresholds.device
-    dim = table.shape[1]
-    shape = 1 << (max(dim, 1).bit_length() - 1), dtype.itemsize
+    table, device, dtype = queries if keys is None else keys, queries.device, queries.dtype
+    (num_keys, dim), num_queries = table.table.shape, len(queries.table)
+    shape = _shape_class(dim, dtype)
     widest = max(each.tiles["BN"] for each in config.cosine_topk(*shape))
 
-    capacity, size = _sizes(queries, table, k, widest, workspace_bytes, device, dtype)
+    capacity, size = _sizes(queries, table, k, widest, workspace_bytes)
     if keys is None:
-        columns = rows = min(size, len(table), int((TRIAL_FLOPS / max(dim, 1)) ** 0.5))
+        columns = rows = min(size, num_keys, int((TRIAL_FLOPS / max(dim, 1)) ** 0.5))
     else:
-        columns = min(size, len(table))
-        rows = min(size, len(queries), 1 + int(TRIAL_FLOPS / max(dim * columns, 1)))
+        columns = min(size, num_keys)
+        rows = min(size, num_queries, 1 + int(TRIAL_FLOPS / max(dim * columns, 1)))
     operations = float(rows) * columns * dim * (1 if keys is None else 2)
-    if min(rows, columns) < MIN_TRIAL_ROWS:  # as the sample's: too few programs to tell anything
+    if min(rows, columns) < MIN_TRIAL_ROWS:  # too few programs to tell anything
         operations = 0.0
 
     @cache
     def part() -> tuple[Chunk, Chunk, CandidateBuffer]:
-        left = next(iter(ChunkedTable(queries[:rows], rows, device, dtype).chunks([0])))
-        right = left if keys is None else next(iter(ChunkedTable(table[:columns], columns, device, dtype).chunks([0])))
+        left = next(queries.part(slice(0, rows)).chunks([0]))
+        right = left if keys is None else next(keys.part(slice(0, columns)).chunks([0]))
         return left, right, CandidateBuffer(rows, capacity, device)
 
     def run(tiling: config.Config) -> Any:
@@ -167,41 +202,40 @@ def _select_tiling(
 
 
 def _sizes(
-    queries: Tensor,
-    table: Tensor,
+    queries: ChunkedTable,
+    table: ChunkedTable,
     k: int,
     block: int,
-    workspace_bytes: int | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    workspace_bytes: int,
+    most: int | None = None,
     buffers: int = 1,
 ) -> tuple[int, int]:
-    """Capacity of a row's buffer, and rows of a chunk; `buffers` are held where one chunk takes all rows."""
-    num_keys, dim = table.shape
+    """Capacity of a row's buffer, and rows of a chunk; `buffers` are held where one chunk takes all rows.
+
+    The capacity is for `most` candidates, or all there are, where a chunk of all rows and with few of them has that.
+    """
+    num_queries, (num_keys, dim) = len(queries.table), table.table.shape
     capacity = max(k, min(num_keys, max(int(1.3 * expected_candidates(num_keys, dim, k)), k + 4 * block)))
-    moved = table if table.device != device or table.dtype != dtype else None
-    return capacity, _chunk_rows(len(queries), dim, block, capacity, workspace_bytes, moved, device, dtype, buffers)
+    whole = min(num_keys, most or num_keys)
+    if capacity < whole and (whole <= MAX_KERNEL_LIST or num_queries * whole <= TORCH_TOPK_ENTRIES):
+        rows = _chunk_rows(queries, whole, block, workspace_bytes, buffers)
+        if rows >= num_queries:
+            return whole, rows
+    return capacity, _chunk_rows(queries, capacity, block, workspace_bytes, buffers)
 
 
-def _chunk_rows(
-    count: int,
-    dim: int,
-    block: int,
-    capacity: int,
-    workspace_bytes: int | None,
-    moved: Tensor | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    buffers: int,
-) -> int:
-    """How many rows a chunk may have: two chunks' buffers and, of a table that is `moved`, three chunks, fit."""
-    if workspace_bytes is None:
-        workspace_bytes = workspace(device)
-    if moved is None and 8 * buffers * capacity * count <= workspace_bytes:
+def _moved_bytes(table: ChunkedTable) -> int:
+    """Of a row of a chunk that is moved: as it was, normalised in fp32, and cast."""
+    return table.table.shape[1] * (table.dtype.itemsize + (table.table.element_size() + 4) * table.is_moved)
+
+
+def _chunk_rows(table: ChunkedTable, capacity: int, block: int, workspace_bytes: int, buffers: int = 1) -> int:
+    """How many rows a chunk may have: two chunks' buffers and, of a table that is moved, three chunks, fit."""
+    count = len(table.table)
+    if not table.is_moved and 8 * buffers * capacity * count <= workspace_bytes:
         return count
-    row_bytes = 16 * capacity
-    most = count
-    if moved is not None:  # a third chunk is prefetched: as it was, normalised in fp32, and cast
-        row_bytes += dim * (3 * dtype.itemsize + moved.element_size() + 4)
-        most = PINNED_BYTES // (dim * moved.element_size())
+    row_bytes, most = 16 * capacity, count
+    if table.is_moved:  # a third chunk is prefetched
+        row_bytes += _moved_bytes(table) + 2 * table.table.shape[1] * table.dtype.itemsize
+        most = PINNED_BYTES // (table.table.shape[1] * table.table.element_size())
     return max(min(workspace_bytes // row_bytes, most) // block, 1) * block

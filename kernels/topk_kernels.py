@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ..common import candidates as packing
 from . import config
-from .tiles import LOWEST, dot, sortable, unsortable
+from .tiles import HIGHEST, LOWEST, dot, sortable, unsortable
 
 EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
 NO_PAIR = tl.constexpr((packing.LOWEST << 32) | 0xFFFFFFFF)  # not below any candidate whose key is LOWEST
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
+MAX_SORTED_LIST = 1024  # of candidates that the kernel sorts; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
 
 
@@ -185,14 +186,16 @@ def _append_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["rows", "capacity", "k"])
+@triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"], do_not_specialize_on_alignment=["p_best"])
 def _select_kernel(
     p_buffers,  # [rows, capacity] int64
     p_counts,  # [rows] int32
     p_thresholds,  # [rows] int64
     p_saved_counts,  # [rows] int32: with ROLLBACK, the counts to return to
+    p_best,  # [rows, stride_best] int64: where the k best go, which may be the buffers
     rows,
     capacity,
+    stride_best,
     k,
     ROLLBACK: tl.constexpr,
     BM: tl.constexpr,
@@ -210,16 +213,26 @@ def _select_kernel(
     if ROLLBACK:
         b_saved = tl.load(p_saved_counts + o_row, mask=m_row, other=0)
     tl.debug_barrier()  # below, candidates, counts and thresholds are replaced: every thread has read them before
-    # Halve [low, high) until k candidates reach low, or it holds one number only; fewer than k reach high.
-    b_low = tl.full([BM], EMPTY, tl.int64)
-    b_high = tl.max(b_candidate, axis=1) + 1
-    searching = m_row & (b_count > k)
-    while tl.max(searching.to(tl.int32), axis=0) > 0:
-        b_middle = (b_low & b_high) + ((b_low ^ b_high) >> 1)
+    # Halve [low, high], at whose low end k candidates or more are left, until exactly k are: by similarity, which is
+    # quick, and where more than k reach the last similarity, by id among those that equal it.
+    b_key = (b_candidate >> 32).to(tl.int32)
+    b_low_key = tl.min(tl.where(m_candidate, b_key, HIGHEST), axis=1)
+    b_high_key = tl.max(b_key, axis=1)
+    searching = b_count > k
+    while tl.max((searching & (b_low_key < b_high_key)).to(tl.int32), axis=0) > 0:
+        b_middle_key = (b_low_key | b_high_key) - ((b_low_key ^ b_high_key) >> 1)
+        b_reach = tl.sum((b_key >= b_middle_key[:, None]).to(tl.int32), axis=1)
+        b_low_key = tl.where(searching & (b_reach >= k), b_middle_key, b_low_key)
+        b_high_key = tl.where(searching & (b_reach < k), b_middle_key - 1, b_high_key)
+        searching = searching & (b_reach != k)
+    b_low = b_low_key.to(tl.int64) << 32
+    b_high = b_low | LAST_ID
+    while tl.max((searching & (b_low < b_high)).to(tl.int32), axis=0) > 0:
+        b_middle = (b_low | b_high) - ((b_low ^ b_high) >> 1)
         b_reach = tl.sum((b_candidate >= b_middle[:, None]).to(tl.int32), axis=1)
         b_low = tl.where(searching & (b_reach >= k), b_middle, b_low)
-        b_high = tl.where(searching & (b_reach < k), b_middle, b_high)
-        searching = searching & (b_reach != k) & (b_low + 1 < b_high)
+        b_high = tl.where(searching & (b_reach < k), b_middle - 1, b_high)
+        searching = searching & (b_reach != k)
     m_keep = m_candidate & (b_candidate >= b_low[:, None])
     b_last = tl.min(tl.where(m_keep, b_candidate, HIGHEST_CANDIDATE), axis=1)
     if ROLLBACK:  # the k-th found so far is yet to be kept: the threshold stays below it
@@ -231,7 +244,20 @@ def _select_kernel(
         tl.store(p_thresholds + o_row, tl.where(b_count < k, b_threshold, b_raised), mask=m_row)
         tl.store(p_counts + o_row, tl.minimum(b_count, k), mask=m_row)
         b_position = tl.cumsum(m_keep.to(tl.int32), axis=1) - 1
-        tl.store(p_buffer + b_position, b_candidate, mask=m_keep)
+        p_row = p_best + o_row[:, None].to(tl.int64) * stride_best
+        tl.store(p_row + b_position, b_candidate, mask=m_keep)
+
+
+@triton.jit
+def _exchange(b_candidate, RUN: tl.constexpr, DISTANCE: tl.constexpr):
+    """Order candidates `[BM, BK]` at a distance; runs of `2^RUN` of them fall and rise in turn."""
+    PAIRS: tl.constexpr = b_candidate.shape[1] // (2 * DISTANCE)
+    b_pair = tl.reshape(b_candidate, [b_candidate.shape[0], PAIRS, 2, DISTANCE])
+    b_other = tl.sum(b_pair, axis=2, keep_dims=True) - b_pair  # the compiler sees through it
+    is_second = tl.arange(0, 2)[None, None, :, None]
+    is_rising = ((tl.arange(0, PAIRS) * (2 * DISTANCE)) >> RUN & 1)[None, :, None, None]
+    b_pair = tl.where((b_pair > b_other) == (is_second == is_rising), b_pair, b_other)
+    return tl.reshape(b_pair, b_candidate.shape)
 
 
 @triton.jit(do_not_specialize=["rows", "k"])
@@ -244,22 +270,17 @@ def _sort_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Sort candidates, descending, and unpack them: all differ, so a position is the number of larger ones."""
+    """Sort candidates, descending, by a bitonic network, and unpack them."""
     o_row = tl.program_id(0) * BM + tl.arange(0, BM)
-    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    m_row = (o_row < rows)[:, None]
-    m_candidate = m_row & (o_k[None, :] < k)
-    p_row = p_candidates + o_row[:, None].to(tl.int64) * k
-    b_candidate = tl.load(p_row + o_k[None, :], mask=m_candidate, other=EMPTY)
-    b_position = tl.zeros([BM, BK], tl.int32)
-    for i_k in range(0, k, BK):
-        o_j = i_k + tl.arange(0, BK)
-        b_other = tl.load(p_row + o_j[None, :], mask=m_row & (o_j[None, :] < k), other=EMPTY)
-        b_larger = b_other[:, None, :] > b_candidate[:, :, None]  # [BM, BK, BK]
-        b_position += tl.sum(b_larger.to(tl.int32), axis=2)
-    o_out = o_row[:, None].to(tl.int64) * k + b_position
-    tl.store(p_similarities + o_out, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
-    tl.store(p_ids + o_out, ((b_candidate & LAST_ID) ^ LAST_ID) - 1, mask=m_candidate)
+    o_k = tl.arange(0, BK)
+    m_candidate = (o_row < rows)[:, None] & (o_k < k)[None, :]
+    o_candidate = o_row[:, None].to(tl.int64) * k + o_k[None, :]
+    b_candidate = tl.load(p_candidates + o_candidate, mask=m_candidate, other=EMPTY)
+    for run in tl.static_range(1, BK.bit_length()):
+        for i_step in tl.static_range(run):
+            b_candidate = _exchange(b_candidate, run, 1 << (run - 1 - i_step))
+    tl.store(p_similarities + o_candidate, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
+    tl.store(p_ids + o_candidate, ((b_candidate & LAST_ID) ^ LAST_ID) - 1, mask=m_candidate)
 
 
 class CandidateBuffer:
@@ -274,12 +295,23 @@ class CandidateBuffer:
     def compact(self, k: int) -> None:
         """Keep the k best candidates of every row, in no order; the last of them is the new threshold."""
         if self.longest:
-            self._select(k, None)
+            self._select(k, self.candidates, None)
             self.longest = min(self.longest, k)
 
-    def rollback(self, k: int, saved_counts: Tensor) -> None:
-        """Drop what was found since `saved_counts`, but raise the thresholds to just below the k-th best of it."""
-        self._select(k, saved_counts)
+    def keep_best(self, best: Tensor) -> None:
+        """As `compact`, to `best [rows, k]`, of which what is beyond a row's candidates stays; uses up the buffer."""
+        if self.longest:
+            self._select(best.shape[1], best, None)
+
+    def resume(self, best: Tensor) -> None:
+        """Start with the candidates that `keep_best` gave; other ones are `EMPTY`."""
+        self.candidates[:, : best.shape[1]] = best
+        torch.sum(best != packing.EMPTY, dim=1, dtype=torch.int32, out=self.counts)
+        self.longest = best.shape[1]
+
+    def rollback(self, k: int, saved_counts: Tensor | None) -> None:
+        """Return to `saved_counts`, zero where None, but raise thresholds to just below the k-th best found since."""
+        self._select(k, self.candidates, torch.zeros_like(self.counts) if saved_counts is None else saved_counts)
         self.read_longest()
 
     def read_longest(self) -> int:
@@ -287,27 +319,29 @@ class CandidateBuffer:
         self.longest = int(self.counts.max())
         return self.longest
 
-    def _select(self, k: int, saved_counts: Tensor | None) -> None:
+    def _select(self, k: int, best: Tensor, saved_counts: Tensor | None) -> None:
         count, capacity = self.candidates.shape
         size = triton.next_power_of_2(max(16, k, min(self.longest, capacity)))
         if size > MAX_KERNEL_LIST:
             for start in range(0, count, max(1, TORCH_TOPK_ENTRIES // size)):
-                self._select_with_torch(k, slice(start, start + max(1, TORCH_TOPK_ENTRIES // size)), saved_counts)
+                rows = slice(start, start + max(1, TORCH_TOPK_ENTRIES // size))
+                self._select_with_torch(k, rows, best, saved_counts)
             return
         tiles, num_warps, num_stages = config.select(size)
         _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
-            self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts,
-            count, capacity, k, ROLLBACK=saved_counts is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
+            self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts, best,
+            count, capacity, best.stride(0), k, ROLLBACK=saved_counts is not None,
+            **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    def _select_with_torch(self, k: int, rows: slice, saved_counts: Tensor | None) -> None:
+    def _select_with_torch(self, k: int, rows: slice, best: Tensor, saved_counts: Tensor | None) -> None:
         positions = torch.arange(min(self.longest, self.candidates.shape[1]), device=self.candidates.device)
         is_empty = positions >= self.counts[rows].unsqueeze(1)
         candidates = self.candidates[rows, : len(positions)].masked_fill(is_empty, packing.EMPTY)
-        best = candidates.topk(min(k, len(positions)), dim=1).values
-        last = best[:, -1] if len(positions) >= k else torch.full_like(best[:, 0], packing.EMPTY)
+        found = candidates.topk(min(k, len(positions)), dim=1).values
+        last = found[:, -1] if len(positions) >= k else torch.full_like(found[:, 0], packing.EMPTY)
         if saved_counts is None:
-            self.candidates[rows, : best.shape[1]] = best
+            best[rows, : found.shape[1]] = found
             self.counts[rows] = self.counts[rows].clamp(max=k)
         else:
             last = torch.where(last == packing.EMPTY, last, last - 1)
@@ -320,13 +354,13 @@ def sorted_topk(candidates: Tensor) -> tuple[Tensor, Tensor]:
     count, k = candidates.shape
     similarities = torch.empty(count, k, dtype=torch.float32, device=candidates.device)
     ids = torch.empty(count, k, dtype=torch.int64, device=candidates.device)
-    if k > MAX_KERNEL_LIST:  # comparing all with all is slow
+    if k > MAX_SORTED_LIST:
         for rows in torch.arange(count, device=candidates.device).split(max(1, TORCH_TOPK_ENTRIES // k)):
             best = candidates[rows].sort(dim=1, descending=True).values
             similarities[rows], ids[rows] = packing.unpack(best)
     elif candidates.numel():
         tiles, num_warps, num_stages = config.sort(k)
-        _sort_kernel[(triton.cdiv(count, tiles["BM"]), triton.cdiv(k, tiles["BK"]))](
+        _sort_kernel[(triton.cdiv(count, tiles["BM"]),)](
             candidates, similarities, ids, count, k, **tiles, num_warps=num_warps, num_stages=num_stages
         )
     return similarities, ids

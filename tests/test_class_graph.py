@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from inputs import CPU, embeddings
 from neighbors import check, check_exactly, search
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qaconv_triton import QAConv, functional, ops, reference
 from qaconv_triton.common import thresholds
-from qaconv_triton.common.chunks import ChunkedTable
+from qaconv_triton.common.chunks import Chunk, ChunkedTable
 from qaconv_triton.cpu import cosine_topk as cpu_topk
 from qaconv_triton.kernels import config, topk_search
 from qaconv_triton.kernels import cosine_topk as kernel
@@ -131,17 +133,67 @@ def test_a_sample_of_the_keys_is_searched_first(
     plans = []
     sample = thresholds._sample
 
-    def recorded(num_keys: int, dim: int, k: int) -> tuple[slice, int] | None:
-        plans.append(sample(num_keys, dim, k))
+    def recorded(*args: float) -> thresholds.Sample | None:
+        plans.append(sample(*args))  # type: ignore[arg-type]
         return plans[-1]
 
     monkeypatch.setattr(thresholds, "_sample", recorded)
     table = embeddings(N, dim, pruning_device)
-    check(table, table, 60, True, *search(table, 60), decided=0.5)
-    rows, rank = plans[0]
+    check(table, table, 30, True, *search(table, 30), decided=0.5)
+    assert plans[0] is not None
+    rows, rank, most = plans[0]
     size = len(range(N)[rows])
     assert 64 <= size <= N / 4
-    assert 60 * size / N < rank < size / 2
+    assert 30 * size / N < rank < size / 2
+    assert 30 < most <= N
+
+
+def test_a_cold_search_waits_for_few_values(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round, and four values that the host reads: of finite rows, of norms, of lengths, of rows to search again."""
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    rounds, reads = [], []
+    launch = topk_search.tuning.launch_announced
+    monkeypatch.setattr(
+        topk_search.tuning, "launch_announced", lambda *args: (rounds.append(args[0]), launch(*args))[1]
+    )
+    table = embeddings(N, 12, device)
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("_local_scalar_dense", "item", "is_nonzero", "nonzero"):
+                reads.append(func)
+            return func(*args, **(kwargs or {}))
+
+    found = kernel.cosine_topk
+
+    def observed(*args: Any) -> Any:
+        with Reads():
+            return found(*args)
+
+    monkeypatch.setattr(kernel, "cosine_topk", observed)
+    with Reads():
+        values = search(table, 30)
+    check(table, table, 30, True, *values, decided=0.5)
+    assert rounds == ["append"]
+    assert len(reads) == 4
+
+
+@pytest.mark.parametrize("most", [31, 100])
+def test_more_candidates_than_a_sample_promises(
+    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round that overflows is rolled back, and nothing is lost."""
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    rolled_back = []
+    rollback = kernel.CandidateBuffer.rollback
+    monkeypatch.setattr(
+        kernel.CandidateBuffer, "rollback", lambda *args: (rolled_back.append(args), rollback(*args))[1]
+    )
+    monkeypatch.setattr(kernel, "_sizes", lambda queries, *_, **__: (120, len(queries.table)))
+    monkeypatch.setattr(kernel, "_raise_from_sample", lambda *_: most)
+    table = adversarial_table("exact", N, device)
+    check_exactly(table, 30, *search(table, 30))
+    assert rolled_back
 
 
 @pytest.mark.parametrize(
@@ -264,8 +316,8 @@ def test_a_small_workspace_means_small_chunks(device: torch.device, monkeypatch:
     most = [0]
     make = topk_search.TopKSearch._buffer
 
-    def recorded(self: topk_search.TopKSearch, chunk: object) -> kernel.CandidateBuffer:
-        buffer = make(self, chunk)  # type: ignore[arg-type]
+    def recorded(self: topk_search.TopKSearch, chunk: Chunk, is_new: bool) -> kernel.CandidateBuffer:
+        buffer = make(self, chunk, is_new)
         made.append(weakref.ref(buffer))
         alive = [each for each in (reference() for reference in made) if each is not None]
         most[0] = max(most[0], sum(8 * each.candidates.numel() for each in alive))

@@ -34,7 +34,14 @@ from qaconv_triton import functional, ops, reference
 from qaconv_triton.common import candidates
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import InvertedIndex
-from qaconv_triton.kernels import config, max_correlation, max_correlation_backward, prepare_maps, topk_kernels, topk_search
+from qaconv_triton.kernels import (
+    config,
+    max_correlation,
+    max_correlation_backward,
+    prepare_maps,
+    topk_kernels,
+    topk_search,
+)
 from qaconv_triton.kernels.tiles import sortable, unsortable
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
@@ -269,7 +276,10 @@ def test_search_among_two_million_classes(rows: int) -> None:
     def largest(*values: Any) -> int:  # of the steps that are planned, none before the first round, all there are
         return 2**31 if values[0] == 0 else max(*values)
 
-    with mock.patch.object(topk_search, "max", largest, create=True):
+    with (
+        mock.patch.object(topk_search, "max", largest, create=True),
+        mock.patch.object(topk_search, "ROUND_FLOPS", 2**80),
+    ):
         for tiling in config.cosine_topk(dim, 2)[:2]:
             best = buffer.candidates[:, :k]
             search = topk_search.TopKSearch(k, capacity, tiling, best, buffer.thresholds, None).search_tiles

@@ -22,7 +22,7 @@ from tolerances import assert_values
 from torch.nn import functional as F
 
 from qaconv_triton import QAConv, functional, ops, reference
-from qaconv_triton.kernels import config, topk_kernels, topk_search
+from qaconv_triton.kernels import config, cosine_topk, topk_kernels, topk_search
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -49,6 +49,8 @@ def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         tiles = {"BM": 16, "BN": 16, "BD": 16, "GROUP": 2}
         monkeypatch.setattr(config, "cosine_topk", lambda *_: [config.Config(tiles, num_warps=4, num_stages=1)])
         monkeypatch.setattr(topk_search, "TARGET_FILL", 4.0)  # of the capacity: rounds are planned that overflow
+        for name in ("MAX_KERNEL_LIST", "TORCH_TOPK_ENTRIES"):
+            monkeypatch.setattr(cosine_topk, name, 64)  # so that buffers hold few of the keys
         monkeypatch.setattr(config, "select", lambda length: config.Config({"BM": 32, "BL": length}, 4, 1))
         monkeypatch.setattr(config, "sort", lambda k: config.Config({"BM": 16, "BK": 4}, 4, 1))
         monkeypatch.setattr(config, "LARGEST_TILE", 16)

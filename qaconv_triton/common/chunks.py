@@ -39,15 +39,34 @@ def cast(rows: Tensor, dtype: torch.dtype) -> Tensor:
 class ChunkedTable:
     """A table `[N, D]` in chunks of at most `size` rows, on `device` and in `dtype`.
 
-    A chunk that has to be copied is fetched by another thread while the device works on those before it.
+    Norms of a table that is not moved are taken once; chunks are views of it. A chunk that has to be copied is fetched
+    by another thread while the device works on those before it.
     """
 
-    def __init__(self, table: Tensor, size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.table, self.size, self.device, self.dtype = table, size, device, dtype
+    def __init__(
+        self, table: Tensor, size: int, device: torch.device, dtype: torch.dtype, rnorm: Tensor | None = None
+    ) -> None:
+        self.size, self.device, self.dtype = size, device, dtype
+        self.is_moved = table.device != device or table.dtype != dtype
+        self.table, self.rnorm = (table, rnorm) if self.is_moved or rnorm is not None else with_norms(table)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" and table.is_cpu else None
+
+    def with_size(self, size: int) -> ChunkedTable:
+        """The same table in other chunks."""
+        return ChunkedTable(self.table, size, self.device, self.dtype, self.rnorm)
+
+    def part(self, rows: slice | Tensor) -> ChunkedTable:
+        """Some rows of the table, as one chunk."""
+        rows = rows.to(self.table.device) if isinstance(rows, Tensor) else rows
+        table, rnorm = self.table[rows].contiguous(), None if self.rnorm is None else self.rnorm[rows].contiguous()
+        return ChunkedTable(table, len(table), self.device, self.dtype, rnorm)
 
     def chunks(self, starts: Iterable[int]) -> Iterator[Chunk]:
         """The chunks that begin at the rows `starts`, in this order."""
+        if self.rnorm is not None:
+            for start in starts:
+                yield Chunk(self.table[start : start + self.size], self.rnorm[start : start + self.size], start)
+            return
         if not self.table.is_cpu or self.table.device == self.device:
             for start in starts:
                 yield self._chunk(self.table[start : start + self.size].to(self.device).contiguous(), start)

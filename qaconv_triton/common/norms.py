@@ -55,24 +55,31 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def inverse_norms(vectors: Tensor) -> Tensor:
-    """`1 / |v|` of `vectors [..., C]`, `[...]`, in the dtype of sums; zero for a zero vector. Reads values back.
+    """`1 / |v|` of `vectors [..., C]`, `[...]`, in the dtype of sums; zero for a zero vector. Reads a value back.
 
     An inverse outside the safe range is stored negative, nearer to 1 by the factor `shift`: see `scale_and_inverse`.
     """
+    return _inverse_norms(vectors)[0]
+
+
+def _inverse_norms(vectors: Tensor) -> tuple[Tensor, bool]:
+    """`inverse_norms`, and whether some norms are outside the safe range, those of zero vectors among them."""
     dtype = accumulation_dtype(vectors.dtype)
     safe, shift, _ = RANGES[dtype]
     is_copied = vectors.is_cpu and vectors.dtype != dtype  # by torch, before it sums
     rows = max(1, COPIED_VALUES // max(1, vectors.shape[1:].numel())) if is_copied else max(1, len(vectors))
-    norm = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in vectors.split(rows)])
+    parts = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype) for part in vectors.split(rows)]
+    norm = parts[0] if len(parts) == 1 else torch.cat(parts)
     inverse: Tensor = norm.reciprocal()
-    outside = (norm < 1 / safe) | (norm > safe)  # zero vectors among them
-    if outside.any():
+    outside = (norm < 1 / safe) | (norm > safe)
+    is_any_outside = bool(outside.any())
+    if is_any_outside:
         unsafe = vectors[outside].to(dtype)
         scale = power_of_two(unsafe)
         scaled = torch.linalg.vector_norm(unsafe * scale, dim=-1)
         toward_one = torch.where(norm[outside] < 1, scaled.new_tensor(1 / shift), shift)
         inverse[outside] = torch.where(scaled == 0, 0.0, -scale.squeeze(-1) * toward_one / scaled)
-    return inverse
+    return inverse, is_any_outside
 
 
 def scale_and_inverse(inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +101,11 @@ def normalized(vectors: Tensor, inverse: Tensor) -> Tensor:
 def with_norms(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """`vectors [..., C]` and `1 / |v|` `[...]` in the dtype of sums; those outside the safe range are scaled.
 
-    Two of the vectors returned, and two of their inverse norms, can be multiplied with each other. Reads values back.
+    Two of the vectors returned, and two of their inverse norms, can be multiplied with each other. Reads a value back.
     """
     dtype = accumulation_dtype(vectors.dtype)
-    inverse = inverse_norms(vectors)
-    outside = inverse < 0
-    if outside.any():
+    inverse, is_any_outside = _inverse_norms(vectors)
+    if is_any_outside and (outside := inverse < 0).any():
         unsafe = vectors[outside]
         vectors = vectors.clone()
         vectors[outside] = (unsafe.to(dtype) * power_of_two(unsafe)).to(vectors.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,21 @@ GATHER_COST = 128  # how much slower a product with gathered rows is than one of
 WARM_START_TAIL = 8  # of a previous row's neighbours, the last ones
 SAMPLED_ROWS = 32  # by which a previous graph is judged
 MAX_ELEMENTS = 2**20  # to hold at a time
+DEVIATIONS = 2.5  # standard deviations by which a sample's rank exceeds what is expected
+SAFE_DEVIATIONS = 4.5  # the same where rows that are searched again cost launches and waits: none of 100,000, mostly
 
 KthBest = Callable[[slice, int], Tensor]
+
+
+class Sample(NamedTuple):
+    """A strided sample `keys` of the keys, and the `rank` in it that the k-th best of all will hardly fall short of.
+
+    `most`: how many of all keys will hardly ever be above that rank.
+    """
+
+    keys: slice
+    rank: int
+    most: int
 
 
 def initial_thresholds(
@@ -35,31 +49,49 @@ def initial_thresholds(
         rounding: what the products of the search may be off by.
         kth_best: the similarity fp32 `[P]` of each query's m-th best key, given a slice of the keys and m.
     """
+    thresholds = thresholds_from_previous(queries, keys, previous, rounding)
+    if thresholds is None and (sample := _sample(keys.shape[0], keys.shape[1], k, DEVIATIONS)) is not None:
+        thresholds = _just_below(kth_best(sample.keys, sample.rank))
+    return thresholds
+
+
+def thresholds_from_previous(queries: Tensor, keys: Tensor, previous: Tensor | None, rounding: float) -> Tensor | None:
+    """As `initial_thresholds`, from the previous graph alone."""
     found = None if previous is None else _from_previous(queries, keys, previous, rounding)
-    if found is None and (plan := _sample(keys.shape[0], keys.shape[1], k)) is not None:
-        found = kth_best(*plan)
-    if found is None:
-        return None
-    # Candidates must exceed a threshold; those that equal the estimate are wanted. NaN is no estimate.
-    return torch.nextafter(found, found.new_tensor(-torch.inf)).nan_to_num_(nan=-torch.inf)
+    return None if found is None else _just_below(found)
+
+
+def nested_samples(num_keys: int, dim: int, k: int) -> list[Sample]:
+    """A sample of the keys, one of that sample for its own threshold, and so on, as long as they pay."""
+    samples: list[Sample] = []
+    while (sample := _sample(num_keys, dim, k, SAFE_DEVIATIONS)) is not None:
+        samples.append(sample)
+        num_keys, k = len(range(num_keys)[sample.keys]), sample.rank
+    return samples
 
 
 def expected_candidates(num_keys: int, dim: int, k: int) -> float:
     """How many candidates a row is expected to have above its threshold, in all."""
-    return _cheapest_sample(num_keys, dim, k)[1]
+    return _cheapest_sample(num_keys, dim, k, DEVIATIONS)[1]
 
 
-def _sample(num_keys: int, dim: int, k: int) -> tuple[slice, int] | None:
-    """A strided sample of the keys, and the rank in it that the k-th best key of all will hardly fall short of.
+def _just_below(similarity: Tensor) -> Tensor:
+    """Candidates must exceed a threshold; those that equal the estimate are wanted. NaN is no estimate."""
+    return torch.nextafter(similarity, similarity.new_tensor(-torch.inf)).nan_to_num_(nan=-torch.inf)
 
-    The rank is two and a half standard deviations beyond what is expected of the k-th best: keys in any order, clusters
-    of neighbouring ids included, have a fair sample. None where it costs more than it saves.
+
+def _sample(num_keys: int, dim: int, k: int, deviations: float) -> Sample | None:
+    """The sample that costs least, None where none pays. Clusters of neighbouring ids have a fair sample, too.
+
+    The rank is `deviations` standard deviations beyond what is expected of the k-th best.
     """
-    size = _cheapest_sample(num_keys, dim, k)[0]
+    size = _cheapest_sample(num_keys, dim, k, deviations)[0]
     if size == 0:
         return None
-    step = num_keys // size
-    return slice(step // 2, step // 2 + (size - 1) * step + 1, step), _rank(num_keys, size, k)
+    step, rank = num_keys // size, _rank(num_keys, size, k, deviations)
+    # The share of keys above it is gamma distributed; of that, the quantile of Wilson and Hilferty.
+    most = rank * (1 - 1 / (9 * rank) + (deviations + 0.5) / (3 * rank**0.5)) ** 3 * num_keys / size
+    return Sample(slice(step // 2, step // 2 + (size - 1) * step + 1, step), rank, min(num_keys, math.ceil(most)))
 
 
 def _from_previous(queries: Tensor, keys: Tensor, previous: Tensor, rounding: float) -> Tensor | None:
@@ -71,7 +103,7 @@ def _from_previous(queries: Tensor, keys: Tensor, previous: Tensor, rounding: fl
     (num_keys, dim), k = keys.shape, previous.shape[1]
     tail = previous[:, -WARM_START_TAIL:].to(keys.device)
     gather = GATHER_COST * 2 * dim * tail.shape[1]
-    saved = _cheapest_sample(num_keys, dim, k)[2] - gather
+    saved = _cheapest_sample(num_keys, dim, k, DEVIATIONS)[2] - gather
     if k * CANDIDATE_FLOPS > saved:
         return None
     rows = torch.arange(0, len(queries), max(1, len(queries) // SAMPLED_ROWS), device=queries.device)
@@ -107,18 +139,19 @@ def _cost_of_candidates(queries: Tensor, keys: Tensor, thresholds: Tensor, k: in
     return float(costs.mean())
 
 
-def _rank(num_keys: int, size: int, k: int) -> int:
+def _rank(num_keys: int, size: int, k: int, deviations: float) -> int:
+    """That quantile of how many of the k best are in a sample, a Poisson number."""
     expected = k * size / num_keys
-    return int(expected + 2.5 * expected**0.5 + 2)
+    return int(expected + deviations * expected**0.5 + deviations**2 / 6 + 1)
 
 
-def _cheapest_sample(num_keys: int, dim: int, k: int) -> tuple[int, float, float]:
+def _cheapest_sample(num_keys: int, dim: int, k: int, deviations: float) -> tuple[int, float, float]:
     """The size of the sample that costs least, 0 for none; the candidates it leaves; what both cost, in flops."""
     seen = k * (1 + math.log(num_keys / k))
     plans = [(0, seen, NO_THRESHOLD_COST * CANDIDATE_FLOPS * seen)]
     size = 64
     while 4 * size <= num_keys:
-        rank = _rank(num_keys, size, k)
+        rank = _rank(num_keys, size, k, deviations)
         left = rank * num_keys / size
         if 2 * rank <= size:
             plans.append((size, left, 2 * dim * size + CANDIDATE_FLOPS * left))

@@ -40,7 +40,7 @@ HANDED_OVER = {
     "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs forward C=512 S=192": {"p_pooled", "p_argmax"},
     "all pairs match C=512 S=192": {"p_pooled"},
-    "compaction of": {"p_buffers", "p_counts", "p_thresholds"},
+    "compaction of": {"p_counts", "p_thresholds"},  # and p_buffers, as p_best, behind the same barrier
     "rollback of": {"p_counts", "p_thresholds"},
 }
 FEW_SPILLS = 16  # bytes of a thread, allowed to other versions of Triton than that which tiles are chosen with, and
@@ -103,7 +103,8 @@ def test_every_kernel_compiles_and_fits(defaults: Reports) -> None:
     assert len(defaults) == LAUNCHES
     for each in defaults:
         assert "does not compile" not in each.status, each
-        assert 0 < each.shared <= SHARED_LIMIT[each.arch], each
+        assert each.shared <= SHARED_LIMIT[each.arch], each
+        assert each.shared > 0 or each.kernel not in PRODUCTS, each
         assert 0 < each.registers * each.threads <= REGISTERS["gfx" if "gfx" in each.arch else "sm"], each
         assert each.registers <= (512 if "gfx" in each.arch else 255), each
 
@@ -158,7 +159,7 @@ def test_the_sign_of_a_zero_is_dropped_by_integers(defaults: Reports) -> None:
 )
 def test_loops_carry_what_a_later_turn_reads() -> None:
     loops = run("--loops", "--arch", WITH_OTHERS)
-    assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS}
+    assert {loop["kernel"] for loop in loops} == {*PRODUCTS, *OTHERS} - {"_sort_kernel"}  # which is unrolled
     assert [loop for loop in loops if loop["missing"]] == []
 
 
