@@ -1,9 +1,9 @@
 """Gradients of max correlation: to the probe maps and to the gallery maps. README.md has the math.
 
-The gradient of a pair's correlation is sparse: it is not zero where a location meets its best match. `matches` brings it
-into the form that the gradients read, 8 bytes for each pooled value. `probe_gradient` stays on a probe and streams its
-neighbours, `gallery_gradient` stays on a gallery map and streams the probes that are compared with it; each rebuilds
-the sparse gradient tile by tile and multiplies it on the tensor cores. No atomics; the order of every sum is fixed.
+The gradient of a pair's correlation is sparse: it is not zero where a location meets its best match. `matches` packs
+it, 8 bytes for each pooled value. `probe_gradient` stays on a probe and streams its neighbours, `gallery_gradient`
+stays on a gallery map and streams the probes that are compared with it; each rebuilds the sparse gradient tile by tile
+and multiplies it on the tensor cores. No atomics; the order of every sum is fixed.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def _matches_kernel(
     B: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Pack the gradient of every pooled value, times `p_scale`, with the place of its match; zero pads, and pairs of none.
+    """Pack the gradient of every pooled value, times `p_scale`, with the place of its match; zeros pad the width.
 
-    Radial is what normalising a gallery map removes from its gradient, `<unit map, its gradient>`, for each location r.
+    Radial is what normalising a gallery map removes from its gradient, `<unit map, its gradient>` of every location.
     """
     i_pair = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(1) * B + tl.arange(0, B)

@@ -31,8 +31,8 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
     return tl.split(tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1]))
 
 
-# A candidate that does not exceed its threshold branches past the atomic and the store: most often a whole warp at once.
-# Addresses are computed where they are needed, for they would take four registers for every row and column.
+# What does not exceed its threshold branches past the atomic and the store: most often a whole warp at once. Addresses
+# are computed where they are needed, for they would take four registers for every row and column.
 APPEND = tl.constexpr("""{
     .reg .pred above, fits;
     .reg .b32 position;
@@ -137,7 +137,7 @@ def _append_kernel(
         b_dot = dot(b_rows, b_columns, b_dot, PRECISION)
 
     b_rnorm_row = tl.load(p_rnorm_rows + o_row, mask=m_row, other=0.0)
-    # nothing exceeds the threshold of a row or column that is not there; the key of a pair that is none exceeds no threshold
+    # Nothing exceeds the threshold of a row or column that is not there, and LOWEST exceeds no threshold.
     b_row_thresholds = tl.load(p_row_thresholds + o_row, mask=m_row, other=HIGHEST_CANDIDATE)
     b_row_thresholds = tl.maximum(b_row_thresholds, NO_PAIR)
     is_mirrored = (is_same_chunk == 0) | (step > 0)
