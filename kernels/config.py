@@ -168,10 +168,9 @@ def correlation_backward(locations: int, channels: int, product_size: int, map_s
 
 
 def matches(locations: int) -> Config:
-    """Matches of B locations of a pair, in the form that both gradients read."""
-    return Config(
-        {"B": _power_of_two(locations, 16, LARGEST_TILE)}, num_warps=1 if locations <= 32 else 2, num_stages=1
-    )
+    """Matches of B locations of a pair, in the form that both gradients read; CHUNK of s at a time."""
+    tile = _power_of_two(locations, 16, LARGEST_TILE)
+    return Config({"B": tile, "CHUNK": tile if INTERPRETED else 8}, num_warps=1, num_stages=1)
 
 
 def cosine_topk(dim: int, element_size: int) -> list[Config]:
