@@ -150,7 +150,7 @@ def corners(values: dict[str, Callable[[np.ndarray], Any]], grids: list[tuple[in
         # overflows of 32-bit integers are asserted not to happen
         asserting = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
         stack.enter_context(mock.patch.object(builder, "options", asserting))
-        for module in (max_correlation, topk_kernels):
+        for module in (max_correlation, max_correlation_backward, topk_kernels):
             stack.enter_context(mock.patch.object(module, "range", ends, create=True))
         stack.enter_context(suppress(_Launched))
         yield
