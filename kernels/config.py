@@ -73,6 +73,11 @@ def has_ptx() -> bool:
     return not INTERPRETED and generation() != AMD
 
 
+def has_tma() -> bool:
+    """Whether the current GPU has a tensor memory accelerator, and Triton pipelines its copies: Hopper, Blackwell."""
+    return not INTERPRETED and generation() // 10 in (9, 10)
+
+
 @cache
 def _compute_capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
@@ -177,12 +182,12 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
     """Similarity tiles `[BM, BN]` of cosine top-k, embedding axis in steps of BD, GROUP row tiles at a time.
 
     The largest tiles whose products and candidates share the registers without a spill; where embeddings are short,
-    those of which two programs fit a multiprocessor, so that one multiplies while the other appends.
+    those of which several programs fit a multiprocessor, so that one multiplies while the others append.
     """
     is_half, is_long = element_size == 2, dim >= 2048
     first = (64, 128, 8)
-    if generation() // 10 == 9:
-        first = (128, 256 if is_half else 128, 8) if is_long else (64, 128, 4)
+    if generation() // 10 == 9 and is_long:
+        first = (128, 256, 16) if is_half else (128, 128, 8)
     elif generation() // 10 == 10 and is_half:
         first = (128, 256 if is_long else 128, 8)
     step = 128 // element_size

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.dtypes import argmax_dtype
 from ..common.inverted_index import InvertedIndex, inverted_index
 from . import config, tuning
+from .descriptors import described, load_tile, may_be_described
 from .max_correlation_backward import max_correlation_backward
 from .norms import inverse_norms, may_be_out_of_range
 from .tiles import HIGHEST, LOWEST, dot, normalized, sortable, unsortable
@@ -42,8 +43,8 @@ def _reduce_tile(b_key, o_other, axis: tl.constexpr):
 # Several programs share a multiprocessor: one multiplies while another one reduces.
 @triton.jit(do_not_specialize=["P", "K", "KP"])
 def _forward_kernel(
-    p_probe,  # [P, S, C]
-    p_gallery,  # [G, S, C], any strides
+    p_probe,  # [P, S, C], or with TMA its descriptor
+    p_gallery,  # [G, S, C], any strides, or likewise
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
     p_permutation,  # [P] int64, probes with the same neighbours side by side: their gallery reads meet in the cache
@@ -69,6 +70,7 @@ def _forward_kernel(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -88,7 +90,6 @@ def _forward_kernel(
     for i_s in range(0, S if SPLIT else BS, BS):
         o_s = i_s + tl.arange(0, BS)
         m_s = o_s < S
-        p_map = p_probe + i_p * S * C + o_s[None, :] * C
         b_best_s = tl.full([BS], LOWEST, tl.int32)
         b_arg_s = tl.zeros([BS], tl.int32)
         b_sums = tl.zeros([BS], tl.float32)
@@ -115,24 +116,18 @@ def _forward_kernel(
             m_r = o_r < S
             if NORMALIZE:
                 b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & is_pair, other=0.0)
-            p_neighbor = p_gallery + tl.maximum(i_g, 0) * stride_gallery_g
-            p_neighbor += o_r[:, None].to(tl.int64) * stride_gallery_s
             # [BR, BC] @ [BC, BS] -> [BR, BS]
             b_corr = tl.zeros([BR, BS], tl.float32)
             for i_c in range(0, C, BC):
-                o_c = i_c + tl.arange(0, BC)
-                m_c = o_c < C
-                b_neighbor = tl.load(
-                    p_neighbor + o_c[None, :].to(tl.int64) * stride_gallery_c,
-                    mask=m_r[:, None] & m_c[None, :],
-                    other=0.0,
+                b_neighbor = load_tile(
+                    p_gallery, i_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c, TMA, BR, BC
                 )
                 if NORMALIZE_FIRST:
                     b_neighbor = normalized(b_neighbor, b_rnorm)
-                b_probe = tl.load(p_map + o_c[:, None], mask=m_s[None, :] & m_c[:, None], other=0.0)
+                b_probe = load_tile(p_probe, i_p, i_s, i_c, S, C, S * C, C, 1, TMA, BS, BC)
                 if WIDEN:
                     b_probe = b_probe.to(tl.float32)
-                b_corr = dot(b_neighbor.to(b_probe.dtype), b_probe, b_corr, PRECISION)
+                b_corr = dot(b_neighbor.to(b_probe.dtype), tl.trans(b_probe), b_corr, PRECISION)
 
             i_pair = i_p * K + i_first + i_tile // tiles
             is_last = i_r + BR >= S
@@ -270,15 +265,17 @@ def _launch_forward(
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     share = config.neighbors_per_program(probes, neighbors)
     operands = config.operands(probe.dtype, gallery.dtype)
+    tma = may_be_described(probe, gallery)
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         return _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
-            probe, gallery, index, None if inverted is None else inverted.slots, permutation, pooled, argmax,
+            described(probe, tiles["BS"], tiles["BC"], tma), described(gallery, tiles["BR"], tiles["BC"], tma),
+            index, None if inverted is None else inverted.slots, permutation, pooled, argmax,
             rnorm, is_out_of_range, weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),
             HAS_INDEX=index is not None, HAS_PERMUTATION=permutation is not None, NORMALIZE=rnorm.numel() > 0,
             NORMALIZE_FIRST=is_out_of_range is not None, SUM=sums is not None, SPLIT=locations > tiles["BS"],
-            **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
+            **operands, TMA=tma, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())

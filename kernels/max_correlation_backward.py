@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.backward import BackwardInputs
 from ..common.inverted_index import InvertedIndex
 from . import config, tuning
+from .descriptors import described, load_tile, may_be_described
 from .norms import may_be_out_of_range
 from .tiles import dot, match_weights, normalized, scale_and_inverse
 
@@ -130,7 +131,7 @@ def _neighbor(p_index, p_slots, i_pair, i_k, HAS_INDEX: tl.constexpr, HAS_SLOTS:
 def _probe_gradient_kernel(
     p_matches,  # [P, K, 2, width] int64
     p_rnorm,  # [T or G, S] fp32
-    p_gallery,  # [G, S, C], any strides
+    p_gallery,  # [G, S, C], any strides, or with TMA its descriptor
     p_index,  # [P, K] int64
     p_slots,  # [P, K] int64, rows of p_rnorm
     p_is_out_of_range,  # [] bool: whether some map is outside the safe range
@@ -148,6 +149,7 @@ def _probe_gradient_kernel(
     NORMALIZE_FIRST: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
@@ -159,7 +161,8 @@ def _probe_gradient_kernel(
             return
     i_p = tl.program_id(0).to(tl.int64)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
-    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    i_c = tl.program_id(2) * BC
+    o_c = i_c + tl.arange(0, BC)
     m_c = o_c < C
     tiles = tl.cdiv(S, BR) if SPLIT else 1
     i_next_g, i_next_slot = _neighbor(p_index, p_slots, i_p * K, 0, HAS_INDEX, NORMALIZE)
@@ -174,14 +177,10 @@ def _probe_gradient_kernel(
         # a tile ahead: else the copy of a neighbour waits for its id, and the product for the copy
         i_next_g, i_next_slot = _neighbor(p_index, p_slots, i_p * K + i_k, i_k, HAS_INDEX, NORMALIZE)
         m_r = (o_r < S) & (i_g >= 0)
-        b_neighbor = tl.load(
-            p_gallery
-            + tl.maximum(i_g, 0) * stride_gallery_g
-            + o_r[:, None].to(tl.int64) * stride_gallery_s
-            + o_c[None, :].to(tl.int64) * stride_gallery_c,
-            mask=m_r[:, None] & m_c[None, :],
-            other=0.0,
-        )
+        b_neighbor = load_tile(
+            p_gallery, i_g, i_tile % tiles * BR, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c,
+            TMA, BR, BC,
+        )  # fmt: skip
         p_pair = p_matches + i_pair * 2 * width
         b_grad_s, b_arg_s = _unpacked(tl.load(p_pair + o_s))
         b_grad_r, b_arg_r = _unpacked(tl.load(p_pair + width + o_r))
@@ -209,15 +208,17 @@ def probe_gradient(
     neighbors, width = found.packed.shape[1], found.packed.shape[3]
     out = torch.empty_like(probe)
     operands = config.operands(probe.dtype, gallery.dtype)
+    tma = may_be_described(gallery)
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
         grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
         return _probe_gradient_kernel[grid](
-            found.packed, rnorm, gallery, index, None if inverted is None else inverted.slots, is_out_of_range,
+            found.packed, rnorm, described(gallery, tiles["BR"], tiles["BC"], tma), index,
+            None if inverted is None else inverted.slots, is_out_of_range,
             found.scale, out, neighbors, locations, channels, width, *gallery.stride(),
             HAS_INDEX=index is not None, NORMALIZE=rnorm.numel() > 0, NORMALIZE_FIRST=is_out_of_range is not None,
-            SPLIT=locations > tiles["BR"], **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
+            SPLIT=locations > tiles["BR"], TMA=tma, **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
     tiling = _tiling("probe", probe, gallery, neighbors, rnorm.numel() > 0, index is not None, launch)
@@ -232,8 +233,8 @@ def _gallery_gradient_kernel(
     p_matches,  # [P, K, 2, width] int64
     p_radial,  # [P, K, width] fp32
     p_rnorm,  # [T or G, S] fp32
-    p_probe,  # [P, S, C]
-    p_gallery,  # [G, S, C], any strides
+    p_probe,  # [P, S, C], or with TMA its descriptor
+    p_gallery,  # [G, S, C], any strides, or likewise
     p_classes,  # [T] int64: the gallery map of slot t, -1 for none
     p_indptr,  # [T + 1] int64: slot t's pairs
     p_pairs,  # [P*K] int64
@@ -251,14 +252,17 @@ def _gallery_gradient_kernel(
     NORMALIZE: tl.constexpr,
     COMPACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     SPLIT: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
     i_slot = tl.program_id(0).to(tl.int64)
-    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
-    o_c = tl.program_id(2) * BC + tl.arange(0, BC)
+    i_r = tl.program_id(1) * BR
+    o_r = i_r + tl.arange(0, BR)
+    i_c = tl.program_id(2) * BC
+    o_c = i_c + tl.arange(0, BC)
     m_r = o_r < S
     m_c = o_c < C
     i_g = i_slot
@@ -286,11 +290,7 @@ def _gallery_gradient_kernel(
             b_pair_radial = tl.load(p_radial + i_pair * width + o_r)
         o_s = i_tile % tiles * BS + tl.arange(0, BS)
         i_p = (i_pair.to(tl.uint32) // K.to(tl.uint32)).to(tl.int64)
-        b_probe = tl.load(
-            p_probe + i_p * S * C + o_s[:, None] * C + o_c[None, :],
-            mask=(o_s < S)[:, None] & m_c[None, :],
-            other=0.0,
-        )
+        b_probe = load_tile(p_probe, i_p, i_tile % tiles * BS, i_c, S, C, S * C, C, 1, TMA, BS, BC)
         p_pair = p_matches + i_pair * 2 * width
         b_grad_s, b_arg_s = _unpacked(tl.load(p_pair + o_s))
         b_grad_r, b_arg_r = _unpacked(tl.load(p_pair + width + o_r))
@@ -303,13 +303,15 @@ def _gallery_gradient_kernel(
     m_out = m_r[:, None] & m_c[None, :] & (i_g >= 0)
     if NORMALIZE:
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
-        o_neighbor = o_r[:, None].to(tl.int64) * stride_gallery_s + o_c[None, :].to(tl.int64) * stride_gallery_c
-        b_map = tl.load(p_gallery + i_g * stride_gallery_g + o_neighbor, mask=m_out, other=0.0)
-        b_out -= normalized(b_map, b_rnorm) * b_radial[:, None]
-    b_out *= tl.div_rn(1.0, tl.load(p_scale))  # exact; before norms that may leave little room
-    if NORMALIZE:
+        b_map = load_tile(
+            p_gallery, i_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c, TMA, BR, BC
+        )
         b_scale, b_inverse = scale_and_inverse(b_rnorm)
-        b_out = b_out * b_inverse[:, None] * b_scale[:, None]
+        b_out -= b_map.to(tl.float32) * b_scale[:, None] * (b_inverse * b_radial)[:, None]
+        # the power of two first, which is exact, before norms that may leave little room
+        b_out = b_out * (tl.div_rn(1.0, tl.load(p_scale)) * b_inverse)[:, None] * b_scale[:, None]
+    else:
+        b_out *= tl.div_rn(1.0, tl.load(p_scale))
     i_row = i_slot if COMPACT else i_g
     o_out = i_row * S * C + o_r[:, None] * C + o_c[None, :]
     tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
@@ -332,15 +334,17 @@ def gallery_gradient(
     if out.numel() == 0 or slots == 0:
         return out
     classes, indptr, pairs = inverted[:3] if inverted is not None else (None, None, None)
+    tma = may_be_described(probe, gallery)
 
     def launch(tiling: config.Config) -> Any:
         tiles, num_warps, num_stages = tiling
         grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
         return _gallery_gradient_kernel[grid](
-            found.packed, found.radial, rnorm, probe, gallery, classes, indptr, pairs, found.scale, out,
+            found.packed, found.radial, rnorm, described(probe, tiles["BS"], tiles["BC"], tma),
+            described(gallery, tiles["BR"], tiles["BC"], tma), classes, indptr, pairs, found.scale, out,
             probes, neighbors, locations, channels, width, *gallery.stride(),
             HAS_INDEX=inverted is not None, NORMALIZE=rnorm.numel() > 0, COMPACT=compact,
-            PRECISION=config.precision(), SPLIT=locations > tiles["BS"],
+            PRECISION=config.precision(), TMA=tma, SPLIT=locations > tiles["BS"],
             **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ..common import candidates as packing
 from . import config
+from .descriptors import load_tile
 from .tiles import HIGHEST, LOWEST, dot, sortable, unsortable
 
 EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
 NO_PAIR = tl.constexpr((packing.LOWEST << 32) | 0xFFFFFFFF)  # not below any candidate whose key is LOWEST
+BATCH = tl.constexpr(1)  # parts of a tile
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
 MAX_SORTED_LIST = 1024  # of candidates that the kernel sorts; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
@@ -31,50 +33,79 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
     return tl.split(tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1]))
 
 
-# What does not exceed its threshold branches past the atomic and the store: most often a whole warp at once. Addresses
-# are computed where they are needed, for they would take four registers for every row and column.
-APPEND = tl.constexpr("""{
-    .reg .pred above, fits;
+# What does not exceed its threshold branches past the atomic, and then past the store: most often a whole warp at once.
+# Addresses are computed where they are needed, for they would take four registers for every row and column.
+RESERVE = tl.constexpr("""{
+    .reg .pred above;
     .reg .b32 position;
-    .reg .b64 candidate, count, place, offset;
+    .reg .b64 candidate, count;
     mov.b64 candidate, {$2, $1};
+    mov.b32 position, -1;
     setp.gt.s64 above, candidate, $3;
     @!above bra DONE;
     mad.wide.u32 count, $4, 4, $5;
     atom.relaxed.gpu.global.add.u32 position, [count], 1;
-    setp.lt.u32 fits, position, $7;
-    mul.wide.u32 place, $4, $7;
-    cvt.u64.u32 offset, position;
+DONE:
+    mov.b32 $0, position;
+}""")
+STORE = tl.constexpr("""{
+    .reg .pred fits;
+    .reg .b64 candidate, place, offset;
+    setp.lt.u32 fits, $1, $6;
+    @!fits bra DONE;
+    mov.b64 candidate, {$3, $2};
+    mul.wide.u32 place, $4, $6;
+    cvt.u64.u32 offset, $1;
     add.u64 place, place, offset;
     shl.b64 place, place, 3;
-    add.u64 place, place, $6;
-    @fits st.global.b64 [place], candidate;
+    add.u64 place, place, $5;
+    st.global.b64 [place], candidate;
 DONE:
     mov.b32 $0, 0;
 }""")
 
 
 @triton.jit
-def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, capacity, BRANCH: tl.constexpr):
-    """Append to the buffers of `o_row`, which broadcasts to the shape of `b_key`, what exceeds their thresholds."""
+def _reserve(p_counts, b_thresholds, o_row, b_key, b_id, BRANCH: tl.constexpr):
+    """Places in the buffers of `o_row`, which broadcasts to the shape of `b_key`, of what exceeds their thresholds.
+
+    -1 for the others.
+    """
     b_low = -2 - b_id  # 2^32 - 2 - id
     if BRANCH:
+        b_position = tl.inline_asm_elementwise(
+            RESERVE,
+            "=r,r,r,l,r,l",
+            [b_key, b_low, b_thresholds, o_row, p_counts.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        above = ((b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)) > b_thresholds
+        # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
+        p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
+        b_position = tl.where(above, tl.atomic_add(p_count, 1, mask=above, sem="relaxed"), -1)
+    return b_position
+
+
+@triton.jit
+def _append(p_buffers, b_position, o_row, b_key, b_id, capacity, BRANCH: tl.constexpr):
+    """Store candidates in the places that are reserved for them, as far as the buffers reach."""
+    b_low = -2 - b_id
+    if BRANCH:
         tl.inline_asm_elementwise(
-            APPEND,
-            "=r,r,r,l,r,l,l,r",
-            [b_key, b_low, b_thresholds, o_row, p_counts.to(tl.int64), p_buffers.to(tl.int64), capacity],
+            STORE,
+            "=r,r,r,r,r,l,r",
+            [b_position, b_key, b_low, o_row, p_buffers.to(tl.int64), capacity],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
         b_candidate = (b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)
-        above = b_candidate > b_thresholds
-        # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
-        p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
-        b_position = tl.atomic_add(p_count, 1, mask=above, sem="relaxed")
         p_place = p_buffers + o_row.to(tl.int64) * capacity + b_position
-        tl.store(p_place, b_candidate, mask=above & (b_position < capacity))
+        tl.store(p_place, b_candidate, mask=(b_position >= 0) & (b_position < capacity))
 
 
 @triton.jit(
@@ -83,8 +114,8 @@ def _append(p_buffers, p_counts, b_thresholds, o_row, b_key, b_id, capacity, BRA
     ]
 )  # fmt: skip
 def _append_kernel(
-    p_rows,  # [rows, D]
-    p_columns,  # [columns, D]
+    p_rows,  # [1, rows, D], or with TMA its descriptor
+    p_columns,  # [1, columns, D], or likewise
     p_rnorm_rows,  # [rows] fp32
     p_rnorm_columns,  # [columns] fp32
     p_row_buffers,  # [rows, capacity] int64
@@ -105,6 +136,7 @@ def _append_kernel(
     MIRROR: tl.constexpr,
     PRECISION: tl.constexpr,
     BRANCH: tl.constexpr,
+    TMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -122,19 +154,15 @@ def _append_kernel(
     if is_same_chunk & (2 * step == blocks) & (2 * i_block >= blocks):
         return  # seen from its other end
     o_row = i_m * BM + tl.arange(0, BM)
-    o_column = (i_block + step) % blocks * BN + tl.arange(0, BN)
     m_row = o_row < rows
-    m_column = o_column < columns
-    p_row = p_rows + o_row[:, None].to(tl.int64) * D
-    p_column = p_columns + o_column[None, :].to(tl.int64) * D
+    i_column = (i_block + step) % blocks * BN
+    i_table = tl.cast(0, tl.int64)
     b_dot = tl.zeros([BM, BN], tl.float32)
     for i_d in range(0, D, BD):
-        o_d = i_d + tl.arange(0, BD)
-        m_d = o_d < D
-        b_rows = tl.load(p_row + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
-        b_columns = tl.load(p_column + o_d[:, None], mask=m_column[None, :] & m_d[:, None], other=0.0)
+        b_rows = load_tile(p_rows, i_table, i_m * BM, i_d, rows, D, 0, D, 1, TMA, BM, BD)
+        b_columns = load_tile(p_columns, i_table, i_column, i_d, columns, D, 0, D, 1, TMA, BN, BD)
         # [BM, BD] @ [BD, BN] -> [BM, BN]
-        b_dot = dot(b_rows, b_columns, b_dot, PRECISION)
+        b_dot = dot(b_rows, tl.trans(b_columns), b_dot, PRECISION)
 
     b_rnorm_row = tl.load(p_rnorm_rows + o_row, mask=m_row, other=0.0)
     # Nothing exceeds the threshold of a row or column that is not there, and LOWEST exceeds no threshold.
@@ -150,40 +178,38 @@ def _append_kernel(
         for i_part in tl.static_range(len(b_parts)):
             b_halves = b_halves + _halves(b_parts[i_part])
         b_parts = b_halves
-    for i_part in tl.static_range(PARTS):
-        o_c = (i_block + step) % blocks * BN + i_part * 16 + tl.arange(0, 16)
-        m_c = o_c < columns
-        b_column_id = first_column + o_c[None, :]
-        b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
-        is_pair = m_row[:, None] & m_c[None, :]
-        if MIRROR:
-            is_pair = is_pair & (b_row_id != b_column_id)
-        # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
-        b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
-        b_key = tl.where(is_pair, b_key, LOWEST)
-        _append(
-            p_row_buffers,
-            p_row_counts,
-            b_row_thresholds[:, None],
-            o_row[:, None],
-            b_key,
-            b_column_id,
-            capacity,
-            BRANCH,
-        )
-        if MIRROR:
-            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
-            b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
-            _append(
-                p_column_buffers,
-                p_column_counts,
-                b_thresholds[None, :],
-                o_c[None, :],
-                b_key,
-                b_row_id,
-                capacity,
-                BRANCH,
-            )
+    # Places are reserved for BATCH parts before the first store waits for one.
+    for i_batch in tl.static_range(0, PARTS, BATCH):
+        b_keys = ()
+        b_in_rows = ()
+        b_in_columns = ()
+        for i_part in tl.static_range(i_batch, i_batch + BATCH):
+            o_c = i_column + i_part * 16 + tl.arange(0, 16)
+            m_c = o_c < columns
+            b_column_id = first_column + o_c[None, :]
+            b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
+            is_pair = m_row[:, None] & m_c[None, :]
+            if MIRROR:
+                is_pair = is_pair & (b_row_id != b_column_id)
+            # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
+            b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
+            b_key = tl.where(is_pair, b_key, LOWEST)
+            b_places = _reserve(p_row_counts, b_row_thresholds[:, None], o_row[:, None], b_key, b_column_id, BRANCH)
+            b_in_rows += (b_places,)
+            if MIRROR:
+                b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
+                b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
+                b_places = _reserve(p_column_counts, b_thresholds[None, :], o_c[None, :], b_key, b_row_id, BRANCH)
+                b_in_columns += (b_places,)
+            b_keys += (b_key,)
+        for i_part in tl.static_range(BATCH):
+            o_c = i_column + (i_batch + i_part) * 16 + tl.arange(0, 16)
+            b_column_id = first_column + o_c[None, :]
+            _append(p_row_buffers, b_in_rows[i_part], o_row[:, None], b_keys[i_part], b_column_id, capacity, BRANCH)
+            if MIRROR:
+                _append(
+                    p_column_buffers, b_in_columns[i_part], o_c[None, :], b_keys[i_part], b_row_id, capacity, BRANCH
+                )
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"], do_not_specialize_on_alignment=["p_best"])

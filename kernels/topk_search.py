@@ -19,6 +19,7 @@ from torch import Tensor
 from ..common.chunks import Chunk, ChunkedTable
 from ..progress import Progress
 from . import config, tuning
+from .descriptors import described, may_be_described
 from .topk_kernels import CandidateBuffer, _append_kernel
 
 TARGET_FILL = 0.7  # of the remaining capacity: what a round is planned to fill
@@ -187,14 +188,16 @@ class TopKSearch:
         step: int, steps: int,
     ) -> Any:  # fmt: skip
         other = row_buffer if column_buffer is None else column_buffer
+        tma = may_be_described(rows.rows, columns.rows)
         return _append_kernel[(triton.cdiv(len(rows.rows), self.tiles["BM"]) * steps,)](
-            rows.rows, columns.rows, rows.rnorm, columns.rnorm,
+            described(rows.rows[None], self.tiles["BM"], self.tiles["BD"], tma),
+            described(columns.rows[None], self.tiles["BN"], self.tiles["BD"], tma), rows.rnorm, columns.rnorm,
             row_buffer.candidates, row_buffer.counts, row_buffer.thresholds,
             other.candidates, other.counts, other.thresholds,
             len(rows.rows), len(columns.rows), rows.rows.shape[1], row_buffer.candidates.shape[1],
             rows.first, columns.first, step, steps, int(column_buffer is row_buffer),
-            MIRROR=column_buffer is not None, PRECISION=config.precision(), BRANCH=config.has_ptx(), **self.tiles,
-            num_warps=self.num_warps, num_stages=self.num_stages,
+            MIRROR=column_buffer is not None, PRECISION=config.precision(), BRANCH=config.has_ptx(), TMA=tma,
+            **self.tiles, num_warps=self.num_warps, num_stages=self.num_stages,
         )  # fmt: skip
 
     def _compact(self, buffers: list[CandidateBuffer]) -> None:

@@ -3,7 +3,7 @@
 A tile is one accumulator's worth: `[BR, BS]` of a pair of maps in the forward, a turn of `[BS, BR]` weights in the
 gradients, `[BM, BN]` similarities in the search. A multiprocessor takes at least as long as its tensor cores need for
 the product, and as its four schedulers need to issue the instructions, one a cycle each. Both arms of a branch count,
-stalls do not: it is no measurement.
+but what an append branches past; stalls do not count: it is no measurement.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .launches import Recorder
 
 KERNELS = ("_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel")
 SCHEDULERS = 4  # of a multiprocessor
+RARE_ARM = 64  # instructions of an arm that is taken rarely, at most
 # Products of half precision that a multiprocessor's tensor cores add in a cycle, dense: whitepapers of A100, H100, B200
 PRODUCTS_A_CYCLE = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
 
@@ -48,6 +49,7 @@ def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
         tile = (sizes["BR" if of_gallery else "BS"], sizes["BC"])
         length = step = sizes["BS" if of_gallery else "BR"]
         read = length * sizes["BC"]
+    operand = getattr(operand, "base", operand)  # of a descriptor
     turns = -(-length // step)
     products = tile[0] * tile[1] * length
     if operand.element_size() == 4:  # tf32 at half the rate, three products where one loses digits
@@ -85,7 +87,15 @@ def loop_counts(sass: str) -> list[tuple[float, float]]:
             if target := re.search(r"\((\.L_x_\d+)\)", found[2]):
                 jumps.append((len(names), target[1]))
             names.append(found[1])
-    loops = {(labels[target], end + 1) for end, target in jumps if labels.get(target, end + 1) <= end}
+    branches = [(number, labels[target]) for number, target in jumps if names[number] == "BRA" and target in labels]
+    rare = set()  # atomics and stores that threads branch past
+    for number, end in branches:
+        arm = range(number + 1, end)
+        if len(arm) <= RARE_ARM and {"ATOMG", "STG"} & {names[each] for each in arm}:
+            rare.update(arm)
+    loops = {(first, number + 1) for number, first in branches if first <= number}
     around = [(first, end) for first, end in loops if any(name in TENSOR_CORE for name in names[first:end])]
     spans = [(0, len(names)), *sorted(around, key=lambda span: span[0] - span[1])]
-    return [(end - first, names[first:end].count("BAR")) for first, end in spans]
+    return [
+        (sum(number not in rare for number in range(first, end)), names[first:end].count("BAR")) for first, end in spans
+    ]

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qaconv_triton.common.chunks import Chunk
 from qaconv_triton.common.inverted_index import inverted_index
@@ -124,7 +125,7 @@ def _score_cases(
     if dtype == table_dtype:
         yield case("all pairs forward", max_correlation.max_correlation, probe, gallery, None, None, None, False)
         yield case("all pairs match", max_correlation.pair_sums, probe, gallery, None, None, False, weight)
-    if dtype == table_dtype:
+    if dtype == table_dtype == torch.bfloat16:  # the same for other dtypes
         matches = (max_correlation_backward.matches, pooled, pooled, argmax, index, locations)
         yield case("matches of gradients", *matches, has_radial=True)
     yield case("probe gradient", *probe_gradient)
@@ -247,7 +248,9 @@ def specialised(recorder: Recorder) -> tuple[dict[str, str], dict[tuple[int, ...
     for position, name in enumerate(recorder.kernel.arg_names):
         value = recorder.arguments[name]
         is_special = not recorder.kernel.params[position].do_not_specialize
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             if value.storage_offset() * value.element_size() % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]

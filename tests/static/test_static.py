@@ -31,10 +31,10 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 81
+LAUNCHES = 83
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 PASSES = {"_norms_kernel", "_prepare_kernel", "_prepare_gradient_kernel"}  # over maps
-OTHERS = {*PASSES, "_select_kernel", "_sort_kernel"}  # no products
+OTHERS = {*PASSES, "_matches_kernel", "_select_kernel", "_sort_kernel"}  # no products
 # memory that threads of a program pass to each other
 HANDED_OVER = {
     "class path forward C=512 S=192": {"p_pooled", "p_argmax"},
