@@ -381,8 +381,10 @@ def _tiling(
 ) -> config.Config:  # fmt: skip
     probes, locations, channels = probe.shape
     is_wide = side == "probe" and config.operands(probe.dtype, gallery.dtype)["WIDEN"]
-    product_size = 4 if is_wide else probe.element_size()
-    shape = config.shape_class(locations, channels, product_size, max(probe.element_size(), gallery.element_size()))
+    product_size, map_size = 4 if is_wide else probe.element_size(), max(probe.element_size(), gallery.element_size())
+    if side == "probe" and normalize and gallery.dtype == torch.float16:
+        map_size = 4  # it is normalised in registers
+    shape = config.shape_class(locations, channels, product_size, map_size)
     variant = tuning.variant(probe, gallery, [side, *(["norms"] if normalize else []), *(["index"] if indexed else [])])
     operations = 2.0 * probes * neighbors * locations**2 * channels
     return tuning.select_config(config.correlation_backward, shape, variant, operations, launch)

@@ -36,31 +36,31 @@ def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
 # What does not exceed its threshold branches past the atomic, and then past the store: most often a whole warp at once.
 # Addresses are computed where they are needed, for they would take four registers for every row and column.
 RESERVE = tl.constexpr("""{
-    .reg .pred above;
-    .reg .b32 position;
-    .reg .b64 candidate, count;
-    mov.b64 candidate, {$2, $1};
-    mov.b32 position, -1;
-    setp.gt.s64 above, candidate, $3;
-    @!above bra DONE;
-    mad.wide.u32 count, $4, 4, $5;
-    atom.relaxed.gpu.global.add.u32 position, [count], 1;
-DONE:
-    mov.b32 $0, position;
+    .reg .pred %above;
+    .reg .b32 %position;
+    .reg .b64 %candidate, %count;
+    mov.b64 %candidate, {$2, $1};
+    mov.b32 %position, -1;
+    setp.gt.s64 %above, %candidate, $3;
+    @!%above bra $$DONE;
+    mad.wide.u32 %count, $4, 4, $5;
+    atom.relaxed.gpu.global.add.u32 %position, [%count], 1;
+$$DONE:
+    mov.b32 $0, %position;
 }""")
 STORE = tl.constexpr("""{
-    .reg .pred fits;
-    .reg .b64 candidate, place, offset;
-    setp.lt.u32 fits, $1, $6;
-    @!fits bra DONE;
-    mov.b64 candidate, {$3, $2};
-    mul.wide.u32 place, $4, $6;
-    cvt.u64.u32 offset, $1;
-    add.u64 place, place, offset;
-    shl.b64 place, place, 3;
-    add.u64 place, place, $5;
-    st.global.b64 [place], candidate;
-DONE:
+    .reg .pred %fits;
+    .reg .b64 %candidate, %place, %offset;
+    setp.lt.u32 %fits, $1, $6;
+    @!%fits bra $$DONE;
+    mov.b64 %candidate, {$3, $2};
+    mul.wide.u32 %place, $4, $6;
+    cvt.u64.u32 %offset, $1;
+    add.u64 %place, %place, %offset;
+    shl.b64 %place, %place, 3;
+    add.u64 %place, %place, $5;
+    st.global.b64 [%place], %candidate;
+$$DONE:
     mov.b32 $0, 0;
 }""")
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-_ACCESS = re.compile(r"(?:@!?%p\d+ +)?(ld|st|cp\.async)\.\S*global\S*\s+(.*);")
-_REGISTER = re.compile(r"%[a-z]+\d+")
-_BRANCH = re.compile(r"(@!?%p\d+ +)?bra(?:\.uni)?\s+(\$\w+);")
+_ACCESS = re.compile(r"(?:@!?%\w+ +)?(ld|st|cp\.async)\.\S*global\S*\s+(.*);")
+_REGISTER = re.compile(r"%[a-z]+\d*")  # without a number in assembly of our own
+_BRANCH = re.compile(r"(@!?%\w+ +)?bra(?:\.uni)?\s+(\$\w+);")
 
 
 @dataclass

@@ -264,6 +264,16 @@ def specialised(recorder: Recorder) -> tuple[dict[str, str], dict[tuple[int, ...
     return signature, constants, attributes
 
 
+def parameters(recorder: Recorder) -> list[str]:
+    """The argument of every parameter of the compiled kernel: a descriptor comes with its sizes and strides."""
+    found = []
+    for name, kind in specialised(recorder)[0].items():
+        value = (recorder.arguments or {})[name]
+        count = 1 + 2 * len(value.shape) if isinstance(value, TensorDescriptor) else 1
+        found += [name] * (count if kind != "constexpr" else 0)
+    return found
+
+
 def compile_key(recorder: Recorder) -> str:
     """Everything that a compiled kernel depends on: launches of one key share it."""
     parts = (sorted((str(name), str(value)) for name, value in part.items()) for part in specialised(recorder))

@@ -96,7 +96,7 @@ def report(case: Case, arch: str, number: int = 0) -> Report:
         status = f"pruned: shared memory beyond {limit}"
     known = asdict(code) | {"tensor_core": ", ".join(f"{count} {name}" for name, count in code.tensor_core.items())}
     if "ptx" in compiled.asm:
-        arguments = [name for name, kind in launches.specialised(recorder)[0].items() if kind != "constexpr"]
+        arguments = launches.parameters(recorder)
         handed = barriers.hand_overs(compiled.asm["ptx"])
         known["handed_over"] = tuple(arguments[position] for position in sorted(handed.shared))
         known["unguarded"] = tuple(arguments[position] for position in sorted(handed.unguarded))
