@@ -40,6 +40,11 @@ def test_training_script() -> None:
     assert names["matcher"].bn.num_batches_tracked == 2 * 2 * 24  # two forwards for each class's batch, two epochs
 
 
+@pytest.mark.cuda
+def test_a_captured_step() -> None:
+    assert torch.isfinite(run(DOCS / "tuning.md")["loss"])
+
+
 def test_tutorial(capsys: pytest.CaptureFixture[str]) -> None:
     names = run(DOCS / "tutorial.md")
     without, by_visibility = map(float, re.findall(r"mAP ([\d.]+)", capsys.readouterr().out))
