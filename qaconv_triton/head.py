@@ -207,7 +207,9 @@ def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
     """Mean and variance that `norm` goes by. Of `values` that do not count, each is 0."""
     if norm.running is not None:
         return norm.running
-    if values.is_cuda:
+    if not values.numel():  # of a rank without pairs
+        mean, variance = values.new_zeros(2)
+    elif values.is_cuda:
         variance, mean = torch.var_mean(values, correction=0)
     else:  # a sixth of the time
         mean, variance = values.mean(), values.var(correction=0)
@@ -218,8 +220,6 @@ def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         mean = of_all / share
         return mean, torch.addcmul(variance / share, mean, of_all - mean)
     moments = torch.stack([mean, torch.addcmul(variance, mean, mean)]).double() * values.numel()
-    if not values.numel():
-        moments = torch.zeros_like(moments)
     distributed.all_reduce(moments, group=norm.group)
     mean, square = (moments / norm.num_values).unbind()
     return mean.to(values.dtype), torch.addcmul(square, mean, mean, value=-1.0).clamp_(min=0.0).to(values.dtype)
