@@ -205,8 +205,9 @@ def _affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 
 def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
     """Mean and variance that `norm` goes by. Of `values` that do not count, each is 0."""
-    if norm.running is not None:
-        return norm.running
+    if norm.running is not None:  # copies, for the backward pass is to find them as they are
+        mean, variance = (each.to(values.dtype, copy=True) for each in norm.running)
+        return mean, variance
     if not values.numel():  # of a rank without pairs
         mean, variance = values.new_zeros(2)
     elif values.is_cuda:
@@ -304,9 +305,7 @@ def _norm(
     if not uses_batch(norm, evaluate):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        # copies, for the backward pass is to find them as they are
-        running = norm.running_mean.to(like.dtype, copy=True), norm.running_var.to(like.dtype, copy=True)
-        return _Norm(norm.eps, running=running), num_values
+        return _Norm(norm.eps, running=(norm.running_mean, norm.running_var)), num_values
     group = head.statistics_group(norm, evaluate)
     if group is not None:
         num_values = num_values.clone() if isinstance(num_values, Tensor) else like.new_full((), num_values)
