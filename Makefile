@@ -36,7 +36,7 @@ help: ## list the targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "ARGS='...'      options for the demo's script (make demo ARGS=--help) or for pytest (make test ARGS='-k topk')"
-	@echo "WORKERS=2       test processes, THREADS=1 threads in each"
+	@echo "WORKERS=2       test processes (on a GPU half as many as cores, 2 to 12), THREADS=1 threads in each"
 	@echo "PIP_ARGS='...'  options for pip instead of --quiet: an --index-url, or nothing to watch the installation"
 	@echo "PYTHON=python3  the interpreter that creates .venv, and that of gpu-check"
 
@@ -86,11 +86,14 @@ logged = mkdir -p $(GPU_LOGS); timeout $(1) $(2) > $(GPU_LOGS)/$@.txt 2>&1; code
 gpu-check: ## test, sanitize, measure, train and profile on this machine's GPU, in ten minutes; logs in out/gpu-check
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA GPU here"'
 	@$(PYTHON) -c 'import qaconv_triton' 2>/dev/null || $(PYTHON) -m pip install --no-deps --no-build-isolation -e .
-	@$(MAKE) --keep-going --no-print-directory gpu-test gpu-memcheck gpu-racecheck gpu-benchmark gpu-measure gpu-train \
+	@timeout 600 $(MAKE) --keep-going --no-print-directory gpu-test gpu-memcheck gpu-racecheck gpu-benchmark gpu-measure gpu-train \
 	    gpu-profile
 
+# half of the cores, 2 to 12; of the slow tests those of test_gpu.py, which -k selects as it does markers, by name
+gpu-test: WORKERS = $(shell half=$$(($$(nproc) / 2)); echo $$((half < 2 ? 2 : half > 12 ? 12 : half)))
+gpu-test: export OMP_NUM_THREADS = $(THREADS)
 gpu-test:
-	@$(call logged,240,$(PYTHON) -m pytest -n $(WORKERS) -m 'slow or not slow' --durations 20 --ignore=tests/static \
+	@$(call logged,240,$(PYTHON) -m pytest -n $(WORKERS) -k 'test_gpu or not slow' --durations 20 --ignore=tests/static \
 	    --ignore=tests/test_bench.py --ignore=tests/test_perf_gate.py)
 
 # without torch's cache each tensor has bounds of its own

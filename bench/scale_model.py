@@ -14,7 +14,8 @@ from qaconv_triton.sharded import graph
 
 # What the code holds and sends besides what shapes say. These change with qaconv_triton/sharded and GraphSampler.
 AGREEMENT_BYTES = 5 * 8  # that a rank tells the others before it computes
-SUMS_BYTES = (8, 4, 8, 4)  # of the all-reduces of both norms: count and sum, then squares
+STATISTICS_BYTES = (4, 2 * 8)  # of the all-reduces of a norm: its count; mean and mean square in fp64, by the count
+STATISTICS_GRADIENT_BYTES = 2 * 4  # of a norm's all-reduce in the backward pass: both sums at once
 VISITORS = 2  # parts of shards that a search holds besides its own shard: the visitor and the next one
 LIST_BYTES, PART_LIST_BYTES = 96, 50  # of lists at the peak of a search, per neighbour of a row; of a row of a part
 SAMPLER_ITEMSIZE = 4  # of an id that GraphSampler keeps, in the memory of the CPU
@@ -113,16 +114,17 @@ def graph_messages(job: Job, rank: int = 0) -> list[list[Message]]:
 def step_messages(job: Job) -> list[Message]:
     """What a rank sends and receives in a step, forward and backward."""
     samples, scored = job.ranks * job.batch, job.k + 1
-    sums = [Message("all_reduce", nbytes) for nbytes in SUMS_BYTES]
+    statistics = [Message("all_reduce", nbytes) for nbytes in STATISTICS_BYTES]
+    gradient = Message("all_reduce", STATISTICS_GRADIENT_BYTES)
     return [
         Message("all_gather", AGREEMENT_BYTES),
         Message("all_gather", job.batch * 8),  # labels
         Message("all_reduce", samples * job.k * 8),  # their rows of the graph
         Message("all_gather", job.batch * job.map_bytes),  # probes
-        *sums,
+        *statistics * 2,  # of both norms
         Message("reduce_scatter", samples * scored * 4),  # scores
         Message("all_gather", job.batch * scored * 4),  # gradients of scores
-        *sums,
+        *[gradient] * 2,
         Message("all_reduce", (2 * job.height * job.width + 5) * 4),  # gradients of fc and both norms
         Message("reduce_scatter", samples * job.map_bytes),  # gradients of probes
     ]

@@ -34,6 +34,12 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def allows_tf32() -> bool:
+    """Whether torch's setting lets products of fp32 operands be taken in tf32; asks no GPU."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else bool(setting == "tf32")
+
+
 def precision() -> str:
     """How fp32 operands are multiplied, from torch's setting for matrix products.
 
@@ -42,10 +48,7 @@ def precision() -> str:
     """
     if generation() == AMD:
         return "ieee"
-    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch >= 2.9
-    if setting is None:
-        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32" if setting == "tf32" else "tf32x3"
+    return "tf32" if allows_tf32() else "tf32x3"
 
 
 def operands(probe: torch.dtype, gallery: torch.dtype) -> dict[str, bool | str]:

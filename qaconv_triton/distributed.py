@@ -1,5 +1,5 @@
-"""What ranks of `torch.distributed` do together: sums for batch norms over all ranks, one search of the class graph,
-means of gradients, and errors that all of them raise.
+"""What ranks of `torch.distributed` do together: one search of the class graph, sums of gradients, and errors that all
+of them raise; over which of them a batch norm takes its statistics.
 """
 
 from __future__ import annotations
@@ -29,35 +29,6 @@ def has_ranks(group: Any = None) -> bool:
 def is_in_ddp_forward() -> bool:
     """Whether a `DistributedDataParallel` runs its forward now, as it does on all ranks."""
     return has_ranks() and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A sum over the ranks; the gradient is the sum of the ranks' gradients, as in `SyncBatchNorm`."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = values.clone()
-        distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of `group`, differentiable; all of them call it, in the same order.
-
-    So is its backward, also on a rank that needs no gradient here: others may wait for it.
-    """
-    if torch.is_grad_enabled() and not values.requires_grad:
-        values = values.detach().requires_grad_()
-    total: Tensor = _SumOverRanks.apply(values, group)  # type: ignore[no-untyped-call]
-    return total
 
 
 class _SharedByRanks(torch.autograd.Function):

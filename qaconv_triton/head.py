@@ -205,9 +205,12 @@ def _affine(values: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 
 def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
     """Mean and variance that `norm` goes by. Of `values` that do not count, each is 0."""
-    if norm.running is not None:
-        return norm.running
-    if values.is_cuda:
+    if norm.running is not None:  # copies, for the backward pass is to find them as they are
+        mean, variance = (each.to(values.dtype, copy=True) for each in norm.running)
+        return mean, variance
+    if not values.numel():  # of a rank without pairs
+        mean, variance = values.new_zeros(2)
+    elif values.is_cuda:
         variance, mean = torch.var_mean(values, correction=0)
     else:  # a sixth of the time
         mean, variance = values.mean(), values.var(correction=0)
@@ -218,8 +221,6 @@ def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         mean = of_all / share
         return mean, torch.addcmul(variance / share, mean, of_all - mean)
     moments = torch.stack([mean, torch.addcmul(variance, mean, mean)]).double() * values.numel()
-    if not values.numel():
-        moments = torch.zeros_like(moments)
     distributed.all_reduce(moments, group=norm.group)
     mean, square = (moments / norm.num_values).unbind()
     return mean.to(values.dtype), torch.addcmul(square, mean, mean, value=-1.0).clamp_(min=0.0).to(values.dtype)
@@ -304,9 +305,7 @@ def _norm(
     if not uses_batch(norm, evaluate):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        # copies, for the backward pass is to find them as they are
-        running = norm.running_mean.to(like.dtype, copy=True), norm.running_var.to(like.dtype, copy=True)
-        return _Norm(norm.eps, running=running), num_values
+        return _Norm(norm.eps, running=(norm.running_mean, norm.running_var)), num_values
     group = head.statistics_group(norm, evaluate)
     if group is not None:
         num_values = num_values.clone() if isinstance(num_values, Tensor) else like.new_full((), num_values)

@@ -55,7 +55,8 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if not len(target):  # a minimum needs an element
         return score.sum(dim=1), score.sum(dim=1)
     is_same = target[:, None] == target
-    is_no_positive = (target[:, None] != target).fill_diagonal_(True)
+    is_no_positive = target[:, None] != target
+    is_no_positive.diagonal().fill_(True)  # torch 2.8 does not compile `fill_diagonal_` for batches of any size
     positives, negatives = score.masked_fill(is_no_positive, math.inf), score.masked_fill(is_same, -math.inf)
     return positives.min(dim=1).values, negatives.max(dim=1).values
 

@@ -1,4 +1,4 @@
-"""What an import loads, and a library without Triton."""
+"""What an import loads, what work on the CPU leaves alone, and a library without Triton."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+from qaconv_triton import QAConv, SoftmaxTripletLoss, functional
 
 
 def test_an_import_loads_no_compiler() -> None:
@@ -39,6 +42,22 @@ def test_a_step_loads_no_compiler() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
+
+
+def test_work_on_the_cpu_asks_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a context on the first GPU every process would pay for the memory, and a forked worker cannot have one."""
+    asked: list[str] = []
+    for name in ("current_device", "get_device_capability", "get_device_properties", "mem_get_info", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    losses = SoftmaxTripletLoss(QAConv(8, 2, 2, num_classes=60, k_nearest=5))
+    features = torch.randn(8, 8, 2, 2, requires_grad=True)
+    losses.matcher.compute_class_neighbors()
+    losses(features, torch.arange(8) // 2)[2].mean().backward()
+    losses.matcher.match(features.detach(), features.detach())
+    functional.topk_cosine(torch.randn(9, 4), torch.randn(30, 4), 3)
+    functional.class_neighbors(torch.randn(30, 4), 3, rescore=True)
+    assert not asked
 
 
 def test_a_clone_works_where_the_package_is_installed_elsewhere_or_not_at_all() -> None:

@@ -277,7 +277,7 @@ def test_a_whole_step_is_captured_in_a_cuda_graph() -> None:
         loss = plain(model, losses, image, target)
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

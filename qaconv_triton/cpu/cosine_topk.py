@@ -61,7 +61,7 @@ def cosine_topk(
     def kth_best(sample: slice, rank: int) -> Tensor:
         return _kth_best(queries, table[sample], rnorm_queries, rnorm_keys[sample], rank)
 
-    rounding = 2**-7 if config.precision() == "tf32" else 1e-5  # of products in fp32, as torch takes them
+    rounding = 2**-7 if config.allows_tf32() else 1e-5  # of products in fp32, as torch takes them
     initial = initial_thresholds(queries, table, k, previous, rounding, kth_best)
     own = torch.arange(len(queries), device=CPU) if keys is None else None
     search = _Search(*operands, k, initial, own, is_self_search=keys is None, workspace_bytes=workspace_bytes)
