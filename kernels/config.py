@@ -65,7 +65,9 @@ def generation() -> int:
     """
     if torch.version.hip is not None:
         return AMD
-    return _compute_capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
+    # to ask whether there is a GPU takes longer than a launch
+    has_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
+    return _compute_capability(torch.cuda.current_device()) if has_gpu else 90
 
 
 def has_ptx() -> bool:
