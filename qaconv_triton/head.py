@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
+from .common.functions import applying
 from .distributed import shared_by_ranks, statistics_group
 from .recompute import is_recomputing
 
@@ -75,13 +76,15 @@ class BatchStatistics(NamedTuple):
         norm: a `BatchNorm1d(1)` that tracks running statistics.
         mean: `[]`.
         variance: `[]`, biased.
-        num_values: a number, or `[]` where only the device knows it; the norm stays as it is where there are none.
+        num_rows: a number, or `[]` where only the device knows it; the norm stays as it is where there are none.
+        width: how many values of a row there are.
     """
 
     norm: nn.BatchNorm1d
     mean: Tensor
     variance: Tensor
-    num_values: int | Tensor
+    num_rows: int | Tensor
+    width: int
 
 
 class _Norm(NamedTuple):
@@ -285,26 +288,18 @@ def pair_scores(
             share = num_rows.clamp(min=1.0) / pooled.shape[0]
             pooled = pooled.masked_fill(invalid.view(-1, 1, 1), 0.0)
         modules = (head.bn, pooled.shape[1] * pooled.shape[2]), (head.logit_bn, pooled.shape[1])
-        found = [_norm(head, module, num_rows * width, share, pooled, evaluate) for module, width in modules]
+        found = [_norm(head, module, num_rows, width, share, pooled, evaluate) for module, width in modules]
         norms, counts = zip(*found, strict=True)
         if any(norm.group is not None for norm in norms) and torch.is_grad_enabled() and not pooled.requires_grad:
             pooled = pooled.detach().requires_grad_()  # all ranks meet in the backward pass
-        scores, mean, variance, logit_mean, logit_variance, *_ = _apply_score(
+        scores, mean, variance, logit_mean, logit_variance, *_ = applying(_Score)(
             pooled, *fc, *affine, *logit_affine, invalid, *norms
         )
     batches = (
-        BatchStatistics(head.bn, mean, variance, counts[0]),
-        BatchStatistics(head.logit_bn, logit_mean, logit_variance, counts[1]),
+        BatchStatistics(head.bn, mean, variance, *counts[0]),
+        BatchStatistics(head.logit_bn, logit_mean, logit_variance, *counts[1]),
     )
     return scores, [batch for batch in batches if batch.norm.training and not evaluate and _tracks(batch.norm)]
-
-
-def _apply_score(*inputs: Any) -> tuple[Tensor, ...]:
-    """`_Score.apply`, which inspects the signature of `forward` at every call, for the transforms of torch.func."""
-    is_plain = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    apply = super(torch.autograd.Function, _Score).apply if is_plain else _Score.apply
-    outputs: tuple[Tensor, ...] = apply(*inputs)  # type: ignore[no-untyped-call]
-    return outputs
 
 
 def _without_autocast(device: torch.device) -> Any:
@@ -318,21 +313,22 @@ def _in_dtype(affine: Affine, dtype: torch.dtype) -> Affine:
 
 
 def _norm(
-    head: Head, norm: nn.BatchNorm1d, num_values: int | Tensor, share: Tensor | None, like: Tensor, evaluate: bool
-) -> tuple[_Norm, int | Tensor]:
-    """How a norm of the head gets its statistics in this call, and how many values they are over."""
+    head: Head, norm: nn.BatchNorm1d, num_rows: int | Tensor, width: int, share: Tensor | None, like: Tensor,
+    evaluate: bool,
+) -> tuple[_Norm, tuple[int | Tensor, int]]:  # fmt: skip
+    """How a norm of the head gets its statistics in this call, and over how many rows of how many values."""
     if not uses_batch(norm, evaluate):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         # copies, for the backward pass is to find them as they are
         running = norm.running_mean.to(like.dtype, copy=True), norm.running_var.to(like.dtype, copy=True)
-        return _Norm(norm.eps, running=running), num_values
+        return _Norm(norm.eps, running=running), (num_rows, width)
     group = head.statistics_group(norm, evaluate)
     if group is None:
-        return _Norm(norm.eps, share=share), num_values
-    num_values = num_values.clone() if isinstance(num_values, Tensor) else like.new_full((), num_values)
+        return _Norm(norm.eps, share=share), (num_rows, width)
+    num_values = num_rows * width if isinstance(num_rows, Tensor) else like.new_full((), num_rows * width)
     distributed.all_reduce(num_values, group=group)
-    return _Norm(norm.eps, num_values=num_values.clamp(min=1.0), group=group), num_values
+    return _Norm(norm.eps, num_values=num_values.clamp(min=1.0), group=group), (num_values, 1)
 
 
 @torch.no_grad()
@@ -346,32 +342,34 @@ def update_running_statistics(statistics: list[BatchStatistics]) -> None:
     """
     if is_recomputing() or not statistics:
         return
-    norms, means, variances, counts = (list(column) for column in zip(*statistics, strict=True))
+    norms, means, variances, rows, widths = (list(column) for column in zip(*statistics, strict=True))
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     counters = [norm.num_batches_tracked for norm in norms]
     shares: Sequence[Any] = [1.0] * len(norms)
-    if any(isinstance(count, Tensor) for count in counts):
-        counts = [
+    if any(isinstance(count, Tensor) for count in rows):
+        given = [
             count if isinstance(count, Tensor) else torch.full_like(variance, count)
-            for variance, count in zip(variances, counts, strict=True)
+            for variance, count in zip(variances, rows, strict=True)
         ]
-        shares = [count > 0 for count in counts]
-        tracked = [counter + share for counter, share in zip(counters, shares, strict=True)]
-        others = torch._foreach_clamp_min(torch._foreach_sub(counts, 1.0), 1.0)
+        signs = {id(count): count.sign() for count in given}  # 0 where there are none; often one tensor
+        shares = [signs[id(count)] for count in given]
+        tracked = [counter + (share > 0) for counter, share in zip(counters, shares, strict=True)]
+        others = torch._foreach_clamp_min(torch._foreach_sub(torch._foreach_mul(given, widths), 1.0), 1.0)
         unbiased = torch._foreach_addcdiv(variances, variances, others)
     else:
         tracked = [*torch._foreach_add(counters, 1)]
+        counts = [count * width for count, width in zip(rows, widths, strict=True)]
         unbiased = torch._foreach_mul(variances, [count / max(count - 1, 1) for count in counts])
     values: list[Tensor] = []
     weights: list[Any] = []
     for norm, mean, variance, share, number in zip(norms, means, unbiased, shares, tracked, strict=True):
         weight = share / number.clamp(min=1).to(mean.dtype) if norm.momentum is None else share * norm.momentum
-        values += mean, variance
+        weight = _like(norm.running_mean, weight) if isinstance(weight, Tensor) else weight
+        values += _like(norm.running_mean, mean), _like(norm.running_var, variance)
         weights += weight, weight
-    values = [_like(buffer, value) for value, buffer in zip(values, running, strict=True)]
     if any(isinstance(weight, Tensor) for weight in weights):
         weights = [
-            _like(buffer, weight) if isinstance(weight, Tensor) else torch.full_like(buffer, weight)
+            weight if isinstance(weight, Tensor) else torch.full_like(buffer, weight)
             for weight, buffer in zip(weights, running, strict=True)
         ]
     updated = torch._foreach_lerp(running, values, weights)

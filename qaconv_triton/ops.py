@@ -25,6 +25,7 @@ from torch.cuda import device_of
 
 from .common.backward import BackwardInputs
 from .common.dtypes import accumulation_dtype, argmax_dtype
+from .common.functions import applying
 from .common.inverted_index import InvertedIndex, packed_index, packed_size
 from .kernels import config
 from .progress import progress_of_search
@@ -152,13 +153,13 @@ def _set_derivative(name: str, backward: Callable[..., Any], save: Callable[...,
         return *backward(ctx, *grads), None
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)}
-    with_gradient = type(f"qaconv_triton_{name}", (torch.autograd.Function,), members).apply  # type: ignore[attr-defined]
+    with_gradient: Any = type(f"qaconv_triton_{name}", (torch.autograd.Function,), members)
 
     def differentiable(keyset: DispatchKeySet, *inputs: Any) -> Any:
         if _has_tangent(inputs):
             raise RuntimeError(f"qaconv_triton::{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return with_gradient(*inputs, keyset)
+            return applying(with_gradient)(*inputs, keyset)
         return compute(keyset, inputs)
 
     _library.impl(name, differentiable, "Autograd", with_keyset=True)
@@ -263,8 +264,10 @@ def max_correlation(
     backend = _backend("max_correlation", probe.device, probe.dtype)
     index = None if index is None else index.contiguous()
     with device_of(probe), _without_autocast():
-        packed, inverted = probe.new_empty(0, dtype=torch.int64), None
-        if index is not None:
+        inverted = None
+        if index is None:
+            packed = probe.new_empty(0, dtype=torch.int64)
+        else:
             packed = packed_index(index, gallery.shape[0])
             inverted = InvertedIndex.unpacked(packed, index.numel())
         maps = _locations(probe).contiguous()
