@@ -54,8 +54,8 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not len(target):  # a minimum needs an element
         return score.sum(dim=1), score.sum(dim=1)
-    is_same = target[:, None] == target
-    is_no_positive = (target[:, None] != target).fill_diagonal_(True)
+    own = target.unsqueeze(1)
+    is_same, is_no_positive = own == target, (own != target).fill_diagonal_(True)
     positives, negatives = score.masked_fill(is_no_positive, math.inf), score.masked_fill(is_same, -math.inf)
     return positives.min(dim=1).values, negatives.max(dim=1).values
 
@@ -111,7 +111,7 @@ def neighbor_cross_entropy(scores: ClassScores, target: Tensor, unscored: int) -
     Returns:
         loss `[B]`; NaN where the values are.
     """
-    is_scored, column = (scores.classes == target[:, None]).max(dim=1)
+    is_scored, column = (scores.classes == target.unsqueeze(1)).max(dim=1)
     logits = scores.values
     if unscored:  # two columns more: one for a target that was not scored, the last for all others
         shape, others = (len(logits), 1), math.log(unscored - 1) if unscored > 1 else -math.inf

@@ -241,7 +241,8 @@ class QAConv(nn.Module):
         agreement = self._agreement_on_pairs(head)
         with agreement or nullcontext():
             self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-            self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
+            if gallery is not prob_fea or gal_occ is not prob_occ:
+                self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
             if agreement is not None:
                 sharded.scores.agree_on_pairs(agreement, self, prob_fea)
         scores, statistics = score_gallery(head, prob_fea, gallery, prob_occ, gal_occ, evaluate=False)
@@ -282,14 +283,14 @@ class QAConv(nn.Module):
         neighbors = self._current_neighbors()
         invalid = None
         if values_may_be_read(labels):
-            index = neighbors[labels]
+            index = neighbors.index_select(0, labels)
         else:
             known = labels.clamp(0, classes - 1)
-            invalid, index = labels != known, neighbors[known]
+            invalid, index = labels != known, neighbors.index_select(0, known)
         if self.include_self:
             index = torch.cat([index, labels.unsqueeze(1)], dim=1)
         if invalid is not None:
-            index = index.masked_fill(invalid.unsqueeze(1), -1)
+            index.masked_fill_(invalid.unsqueeze(1), -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
         scores, statistics = score_maps(
             head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, invalid=invalid
