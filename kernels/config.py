@@ -65,7 +65,7 @@ def generation() -> int:
     """
     if torch.version.hip is not None:
         return AMD
-    # to ask whether there is a GPU takes longer than a launch
+    # is_available asks the driver at every call
     has_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
     return _compute_capability(torch.cuda.current_device()) if has_gpu else 90
 
