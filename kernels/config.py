@@ -68,7 +68,9 @@ def generation() -> int:
     """
     if torch.version.hip is not None:
         return AMD
-    return _compute_capability(torch.cuda.current_device()) if torch.cuda.is_available() else 90
+    # is_available asks the driver at every call
+    has_gpu = torch.cuda.is_initialized() or torch.cuda.is_available()
+    return _compute_capability(torch.cuda.current_device()) if has_gpu else 90
 
 
 def has_ptx() -> bool:
@@ -93,11 +95,17 @@ def shared_memory() -> int:
     return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}.get(generation(), small)
 
 
+def cdiv(size: int, step: int) -> int:
+    """How many steps cover a size: `triton.cdiv`, a tenth of whose time goes into the division."""
+    return -(-size // step)
+
+
 def _power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two that holds `size`, within `[low, high]`."""
     return min(max(1 << (size - 1).bit_length(), low), high)
 
 
+@cache
 def shape_class(locations: int, channels: int, *element_sizes: int) -> tuple[int, ...]:
     """What the rows of max correlation depend on: sizes of a model, in powers of two; no batch size is among them."""
     return _power_of_two(locations, 16, 2**30), _power_of_two(channels, 16, 2**30), *element_sizes
@@ -138,11 +146,13 @@ def correlation_forward(locations: int, channels: int, probe_size: int, gallery_
     return _fitting(found, lambda c: _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
 
 
+@cache
 def norms(channels: int) -> Config:
     """Inverse norms of BR locations at a time, channels in steps of BC."""
     return Config({"BR": 16, "BC": _power_of_two(channels, 16, 512)}, num_warps=4, num_stages=1)
 
 
+@cache
 def preparation(channels: int) -> Config:
     """Maps as they are matched, and the gradient: BR locations at a time, channels in steps of BC."""
     return Config({"BR": 128 if INTERPRETED else 16, "BC": _power_of_two(channels, 16, 128)}, num_warps=4, num_stages=1)
@@ -175,6 +185,7 @@ def correlation_backward(locations: int, channels: int, product_size: int, map_s
     return _fitting(found, lambda c: map_size * tile * ((c.num_stages - 1) * c.tiles["BC"] + tile))
 
 
+@cache
 def matches(locations: int) -> Config:
     """Matches of B locations of a pair, in the form that both gradients read; CHUNK of s at a time."""
     tile = _power_of_two(locations, 16, LARGEST_TILE)

@@ -218,7 +218,7 @@ def pair_sums(
         _launch_forward(probe, gallery, index, permutation, inverted, rnorm, weight=weight, sums=sums)
         return sums
     step = max(1, config.PARTIAL_BYTES // (4 * locations * probes))
-    blocks = triton.cdiv(locations, config.LARGEST_TILE)
+    blocks = config.cdiv(locations, config.LARGEST_TILE)
     step = step // 4 * 4 or step  # where a part's norms are aligned as all of them are, the kernel is the same
     for start in range(0, neighbors, step):
         part = slice(start, min(start + step, neighbors))
@@ -245,7 +245,7 @@ def _check_sizes(probe: Tensor, gallery: Tensor, index: Tensor | None) -> None:
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     touched = gallery.shape[0] if index is None else min(index.numel(), gallery.shape[0])
     share = config.neighbors_per_program(probes, neighbors)
-    if max(probes * triton.cdiv(neighbors, share), touched) > config.MAX_GRID:
+    if max(probes * config.cdiv(neighbors, share), touched) > config.MAX_GRID:
         raise ValueError(
             f"{probes} probes with {neighbors} of {gallery.shape[0]} gallery maps are too many for one launch: "
             "expected fewer probes at a time"
@@ -269,7 +269,7 @@ def _launch_forward(
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
-        return _forward_kernel[(probes * triton.cdiv(neighbors, share),)](
+        return _forward_kernel[(probes * config.cdiv(neighbors, share),)](
             described(probe, tiles["BS"], tiles["BC"], tma), described(gallery, tiles["BR"], tiles["BC"], tma),
             index, None if inverted is None else inverted.slots, permutation, pooled, argmax,
             rnorm, is_out_of_range, weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),

@@ -103,7 +103,7 @@ def matches(
     probes, neighbors = grad.shape[:2]
     config_of = config.matches(locations)
     tile = config_of.tiles["B"]
-    width = triton.cdiv(locations, tile) * tile
+    width = config.cdiv(locations, tile) * tile
     packed = grad.new_empty(probes, neighbors, 2, width, dtype=torch.int64)
     radial = grad.new_empty((probes, neighbors, width) if has_radial else 0)
     scale = gradient_scale(grad)
@@ -212,7 +212,7 @@ def probe_gradient(
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
-        grid = (probes, triton.cdiv(locations, tiles["BS"]), triton.cdiv(channels, tiles["BC"]))
+        grid = (probes, config.cdiv(locations, tiles["BS"]), config.cdiv(channels, tiles["BC"]))
         return _probe_gradient_kernel[grid](
             found.packed, rnorm, described(gallery, tiles["BR"], tiles["BC"], tma), index,
             None if inverted is None else inverted.slots, is_out_of_range,
@@ -338,7 +338,7 @@ def gallery_gradient(
 
     def launch(tiling: config.Config) -> Any:
         tiles, num_warps, num_stages = tiling
-        grid = (slots, triton.cdiv(locations, tiles["BR"]), triton.cdiv(channels, tiles["BC"]))
+        grid = (slots, config.cdiv(locations, tiles["BR"]), config.cdiv(channels, tiles["BC"]))
         return _gallery_gradient_kernel[grid](
             found.packed, found.radial, rnorm, described(probe, tiles["BS"], tiles["BC"], tma),
             described(gallery, tiles["BR"], tiles["BC"], tma), classes, indptr, pairs, found.scale, out,

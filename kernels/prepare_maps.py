@@ -68,7 +68,7 @@ def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) ->
     factors = maps.new_empty(batch, locations, 2, dtype=torch.float32)
     if batch:
         tiles, num_warps, num_stages = config.preparation(channels)
-        _prepare_kernel[(batch * triton.cdiv(locations, tiles["BR"]),)](
+        _prepare_kernel[(batch * config.cdiv(locations, tiles["BR"]),)](
             maps, visibility, out, factors, locations, channels, *maps.stride(),
             HAS_VISIBILITY=visibility is not None, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def prepare_maps_backward(
     to_visibility = maps.new_empty(0 if visibility is None else (batch, locations), dtype=torch.float32)
     if batch:
         tiles, num_warps, num_stages = config.preparation(channels)
-        _prepare_gradient_kernel[(batch * triton.cdiv(locations, tiles["BR"]),)](
+        _prepare_gradient_kernel[(batch * config.cdiv(locations, tiles["BR"]),)](
             grad, maps, visibility, factors, to_maps, to_visibility, locations, channels, *maps.stride(),
             HAS_VISIBILITY=visibility is not None, IS_UNIT=is_unit, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
+from .common.functions import applying
 from .distributed import shared_by_ranks, statistics_group
 from .recompute import is_recomputing
 
@@ -75,13 +76,15 @@ class BatchStatistics(NamedTuple):
         norm: a `BatchNorm1d(1)` that tracks running statistics.
         mean: `[]`.
         variance: `[]`, biased.
-        num_values: a number, or `[]` where only the device knows it; the norm stays as it is where there are none.
+        num_rows: a number, or `[]` where only the device knows it; the norm stays as it is where there are none.
+        width: how many values of a row there are.
     """
 
     norm: nn.BatchNorm1d
     mean: Tensor
     variance: Tensor
-    num_values: int | Tensor
+    num_rows: int | Tensor
+    width: int
 
 
 class _Norm(NamedTuple):
@@ -90,12 +93,14 @@ class _Norm(NamedTuple):
     Attributes:
         eps: added to the variance.
         running: mean and variance `[1]` of a norm that goes by its running statistics; else those of the batch count.
-        num_values: `[]`, of the batch, 1 or more, where that is known on the device only.
+        share: `[]`, above 0, of the values that count, where that is known on the device only; without `group`.
+        num_values: `[]`, 1 or more, of all ranks of `group`; None without one.
         group: the ranks whose batches are one; None for this rank's alone.
     """
 
     eps: float
     running: tuple[Tensor, Tensor] | None = None
+    share: Tensor | None = None
     num_values: Tensor | None = None
     group: Any = None
 
@@ -132,6 +137,8 @@ class _Score(torch.autograd.Function):
         logit_inverse_std = (logit_variance + logit_bn.eps).rsqrt()
         normalized = (logits - logit_mean).mul_(logit_inverse_std)
         scores = _affine(normalized, logit_weight, logit_bias)
+        if invalid is not None:
+            scores.masked_fill_(invalid.unsqueeze(1), torch.nan)
         found = mean, variance, logit_mean, logit_variance
         return scores, *found, inverse_std, logit_inverse_std, products, normalized
 
@@ -144,28 +151,31 @@ class _Score(torch.autograd.Function):
         ctx.shapes = tuple(None if each is None else each.shape for each in inputs[1:7])
         ctx.takes_batch, ctx.groups = (bn.running is None, logit_bn.running is None), (bn.group, logit_bn.group)
         ctx.save_for_backward(
-            *(pooled, weight, bn_weight, bn_bias, logit_weight, invalid, bn.num_values, logit_bn.num_values),
+            *(pooled, weight, bn_weight, bn_bias, logit_weight, invalid),
+            *(bn.share, bn.num_values, logit_bn.share, logit_bn.num_values),
             *(mean, inverse_std, logit_inverse_std, products, normalized),
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        pooled, weight, bn_weight, bn_bias, logit_weight, invalid, count, logit_count, *rest = ctx.saved_tensors
-        mean, inverse_std, logit_inverse_std, products, normalized = rest
+        pooled, weight, bn_weight, bn_bias, logit_weight, invalid, *rest = ctx.saved_tensors
+        share, count, logit_share, logit_count, mean, inverse_std, logit_inverse_std, products, normalized = rest
         if grad is None:
             grad = torch.zeros_like(normalized)
         is_batch, is_batch_of_logits = ctx.takes_batch
         group, logit_group = ctx.groups
 
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device):
+            if invalid is not None:
+                grad = grad.masked_fill(invalid.unsqueeze(1), 0.0)
             to_logit_bias, to_logit_weight = grad.sum(), torch.dot(grad.flatten(), normalized.flatten())
             if is_batch_of_logits:
                 sums = to_logit_bias, to_logit_weight
-                by, total, product = _over_batch(sums, normalized.numel(), logit_count, logit_group)
+                by, total, product = _over_batch(sums, normalized.numel(), logit_share, logit_count, logit_group)
                 grad = torch.addcmul(grad, normalized, product, value=-by).sub_(total, alpha=by)
                 if invalid is not None:
-                    grad = grad.masked_fill(invalid.unsqueeze(1), 0.0)
+                    grad.masked_fill_(invalid.unsqueeze(1), 0.0)
             grad = grad.flatten() * _affine(logit_inverse_std, logit_weight, None)
 
             to_bn_weight = torch.dot(grad, products)
@@ -185,7 +195,7 @@ class _Score(torch.autograd.Function):
             if not ctx.needs_input_grad[0] and group is None:
                 to_pooled = None
             elif is_batch:
-                by, total, product = _over_batch((to_bn_bias, to_bn_weight), pooled.numel(), count, group)
+                by, total, product = _over_batch((to_bn_bias, to_bn_weight), pooled.numel(), share, count, group)
                 centred.mul_(product * inverse_std * scale)
                 if not is_shift_lost:
                     centred.add_(total * scale)
@@ -214,27 +224,28 @@ def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(values, correction=0)
     else:  # a sixth of the time
         mean, variance = values.mean(), values.var(correction=0)
-    if norm.num_values is None:
-        return mean, variance
     if norm.group is None:
-        share, of_all = norm.num_values / values.numel(), mean
-        mean = of_all / share
-        return mean, torch.addcmul(variance / share, mean, of_all - mean)
+        if norm.share is None:
+            return mean, variance
+        of_all, mean = mean, mean / norm.share
+        return mean, torch.addcmul(variance / norm.share, mean, of_all - mean)
     moments = torch.stack([mean, torch.addcmul(variance, mean, mean)]).double() * values.numel()
     distributed.all_reduce(moments, group=norm.group)
+    assert norm.num_values is not None
     mean, square = (moments / norm.num_values).unbind()
     return mean.to(values.dtype), torch.addcmul(square, mean, mean, value=-1.0).clamp_(min=0.0).to(values.dtype)
 
 
 def _over_batch(
-    sums: tuple[Tensor, Tensor], numel: int, count: Tensor | None, group: Any
+    sums: tuple[Tensor, Tensor], numel: int, share: Tensor | None, count: Tensor | None, group: Any
 ) -> tuple[float, Tensor, Tensor]:
     """A factor and two tensors whose products are the means over the batch of what `sums` are this rank's sums of."""
-    if count is None:
-        return 1.0 / numel, *sums
+    if group is None:
+        first, second = sums if share is None else (sums[0] / share, sums[1] / share)
+        return 1.0 / numel, first, second
     total = torch.stack([each.view(()) for each in sums])
-    if group is not None:
-        distributed.all_reduce(total, group=group)
+    distributed.all_reduce(total, group=group)
+    assert count is not None
     total = total / count
     return 1.0, total[0], total[1]
 
@@ -268,50 +279,55 @@ def pair_scores(
             scores = scores + parameter.sum().to(pooled.dtype)
         return scores, []
     check_pairs(pairs, head, evaluate=evaluate)
-    with torch.autocast(pooled.device.type, enabled=False):
+    with _without_autocast(pooled.device):
         fc = _both_halves(parameters[1], pooled.shape[-1], pooled.dtype)
         affine, logit_affine = (_in_dtype(parameters[place], pooled.dtype) for place in (0, 2))
         num_rows: int | Tensor = pooled.shape[0]
+        share = None
         if invalid is not None:
-            num_rows = pooled.shape[0] - invalid.sum(dtype=pooled.dtype)
+            num_rows = invalid.logical_not().sum(dtype=pooled.dtype)
+            share = num_rows.clamp(min=1.0) / pooled.shape[0]
             pooled = pooled.masked_fill(invalid.view(-1, 1, 1), 0.0)
         modules = (head.bn, pooled.shape[1] * pooled.shape[2]), (head.logit_bn, pooled.shape[1])
-        found = [_norm(head, module, num_rows * width, pooled, evaluate) for module, width in modules]
+        found = [_norm(head, module, num_rows, width, share, pooled, evaluate) for module, width in modules]
         norms, counts = zip(*found, strict=True)
         if any(norm.group is not None for norm in norms) and torch.is_grad_enabled() and not pooled.requires_grad:
             pooled = pooled.detach().requires_grad_()  # all ranks meet in the backward pass
-        scores, mean, variance, logit_mean, logit_variance, *_ = _Score.apply(  # type: ignore[no-untyped-call]
+        scores, mean, variance, logit_mean, logit_variance, *_ = applying(_Score)(
             pooled, *fc, *affine, *logit_affine, invalid, *norms
         )
-        if invalid is not None:
-            scores = scores.masked_fill(invalid.unsqueeze(1), torch.nan)
     batches = (
-        BatchStatistics(head.bn, mean, variance, counts[0]),
-        BatchStatistics(head.logit_bn, logit_mean, logit_variance, counts[1]),
+        BatchStatistics(head.bn, mean, variance, *counts[0]),
+        BatchStatistics(head.logit_bn, logit_mean, logit_variance, *counts[1]),
     )
     return scores, [batch for batch in batches if batch.norm.training and not evaluate and _tracks(batch.norm)]
 
 
+def _without_autocast(device: torch.device) -> Any:
+    """`torch.autocast(.., enabled=False)`, by what takes less time where no compiler needs to understand it."""
+    return torch.autocast(device.type, enabled=False) if torch.compiler.is_compiling() else torch._C._DisableAutocast()
+
+
 def _in_dtype(affine: Affine, dtype: torch.dtype) -> Affine:
-    weight, bias = affine
-    return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = (each if each is None or each.dtype == dtype else each.to(dtype) for each in affine)
+    return weight, bias
 
 
-@torch.no_grad()
 def _norm(
-    head: Head, norm: nn.BatchNorm1d, num_values: int | Tensor, like: Tensor, evaluate: bool
-) -> tuple[_Norm, int | Tensor]:
-    """How a norm of the head gets its statistics in this call, and how many values they are over."""
+    head: Head, norm: nn.BatchNorm1d, num_rows: int | Tensor, width: int, share: Tensor | None, like: Tensor,
+    evaluate: bool,
+) -> tuple[_Norm, tuple[int | Tensor, int]]:  # fmt: skip
+    """How a norm of the head gets its statistics in this call, and over how many rows of how many values."""
     if not uses_batch(norm, evaluate):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        return _Norm(norm.eps, running=(norm.running_mean, norm.running_var)), num_values
+        return _Norm(norm.eps, running=(norm.running_mean, norm.running_var)), (num_rows, width)
     group = head.statistics_group(norm, evaluate)
-    if group is not None:
-        num_values = num_values.clone() if isinstance(num_values, Tensor) else like.new_full((), num_values)
-        distributed.all_reduce(num_values, group=group)
-    known = num_values.clamp(min=1.0) if isinstance(num_values, Tensor) else None
-    return _Norm(norm.eps, num_values=known, group=group), num_values
+    if group is None:
+        return _Norm(norm.eps, share=share), (num_rows, width)
+    num_values = num_rows * width if isinstance(num_rows, Tensor) else like.new_full((), num_rows * width)
+    distributed.all_reduce(num_values, group=group)
+    return _Norm(norm.eps, num_values=num_values.clamp(min=1.0), group=group), (num_values, 1)
 
 
 @torch.no_grad()
@@ -325,36 +341,43 @@ def update_running_statistics(statistics: list[BatchStatistics]) -> None:
     """
     if is_recomputing() or not statistics:
         return
-    norms, means, variances, counts = (list(column) for column in zip(*statistics, strict=True))
+    norms, means, variances, rows, widths = (list(column) for column in zip(*statistics, strict=True))
     running = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
     counters = [norm.num_batches_tracked for norm in norms]
     shares: Sequence[Any] = [1.0] * len(norms)
-    if any(isinstance(count, Tensor) for count in counts):
-        counts = [
+    if any(isinstance(count, Tensor) for count in rows):
+        given = [
             count if isinstance(count, Tensor) else torch.full_like(variance, count)
-            for variance, count in zip(variances, counts, strict=True)
+            for variance, count in zip(variances, rows, strict=True)
         ]
-        shares = torch._foreach_sign(counts)  # 0 where there are no values
+        signs = {id(count): count.sign() for count in given}  # 0 where there are none; often one tensor
+        shares = [signs[id(count)] for count in given]
         tracked = [counter + (share > 0) for counter, share in zip(counters, shares, strict=True)]
-        others = torch._foreach_clamp_min(torch._foreach_sub(counts, 1.0), 1.0)
+        others = torch._foreach_clamp_min(torch._foreach_sub(torch._foreach_mul(given, widths), 1.0), 1.0)
         unbiased = torch._foreach_addcdiv(variances, variances, others)
     else:
         tracked = [*torch._foreach_add(counters, 1)]
+        counts = [count * width for count, width in zip(rows, widths, strict=True)]
         unbiased = torch._foreach_mul(variances, [count / max(count - 1, 1) for count in counts])
     values: list[Tensor] = []
     weights: list[Any] = []
     for norm, mean, variance, share, number in zip(norms, means, unbiased, shares, tracked, strict=True):
         weight = share / number.clamp(min=1).to(mean.dtype) if norm.momentum is None else share * norm.momentum
-        values += mean, variance
+        weight = _like(norm.running_mean, weight) if isinstance(weight, Tensor) else weight
+        values += _like(norm.running_mean, mean), _like(norm.running_var, variance)
         weights += weight, weight
-    values = [value.to(buffer.dtype).view(1) for value, buffer in zip(values, running, strict=True)]
     if any(isinstance(weight, Tensor) for weight in weights):
         weights = [
-            weight.to(buffer.dtype).view(1) if isinstance(weight, Tensor) else torch.full_like(buffer, weight)
+            weight if isinstance(weight, Tensor) else torch.full_like(buffer, weight)
             for weight, buffer in zip(weights, running, strict=True)
         ]
     updated = torch._foreach_lerp(running, values, weights)
     torch._foreach_copy_(running + counters, [*updated, *tracked])  # one call: no signal comes between
+
+
+def _like(buffer: Tensor, value: Tensor) -> Tensor:
+    """A number `[]` as `[1]`, in the dtype of `buffer`."""
+    return value.view(1) if value.dtype == buffer.dtype else value.to(buffer.dtype).view(1)
 
 
 def _both_halves(fc: Affine, size: int, dtype: torch.dtype) -> Affine:

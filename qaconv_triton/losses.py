@@ -54,8 +54,8 @@ def hardest_pairs(score: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not len(target):  # a minimum needs an element
         return score.sum(dim=1), score.sum(dim=1)
-    is_same = target[:, None] == target
-    is_no_positive = target[:, None] != target
+    own = target.unsqueeze(1)
+    is_same, is_no_positive = own == target, own != target
     is_no_positive.diagonal().fill_(True)  # torch 2.8 does not compile `fill_diagonal_` for batches of any size
     positives, negatives = score.masked_fill(is_no_positive, math.inf), score.masked_fill(is_same, -math.inf)
     return positives.min(dim=1).values, negatives.max(dim=1).values
@@ -112,12 +112,13 @@ def neighbor_cross_entropy(scores: ClassScores, target: Tensor, unscored: int) -
     Returns:
         loss `[B]`; NaN where the values are.
     """
-    is_own = scores.classes == target[:, None]
+    is_scored, column = (scores.classes == target.unsqueeze(1)).max(dim=1)
     logits = scores.values
     if unscored:  # two columns more: one for a target that was not scored, the last for all others
-        logits = F.pad(F.pad(logits, (0, 1)), (0, 1), value=math.log(unscored - 1) if unscored > 1 else -math.inf)
-        is_own = F.pad(is_own, (0, 1), value=True)
-    return F.cross_entropy(logits, is_own.max(dim=1).indices, reduction="none")
+        shape, others = (len(logits), 1), math.log(unscored - 1) if unscored > 1 else -math.inf
+        column = torch.where(is_scored, column, logits.shape[1])
+        logits = torch.cat([logits, logits.new_zeros(shape), logits.new_full(shape, others)], dim=1)
+    return F.cross_entropy(logits, column, reduction="none")
 
 
 def predicted_class(scores: ClassScores, unscored: int) -> Tensor:

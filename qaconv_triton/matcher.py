@@ -237,13 +237,15 @@ class QAConv(nn.Module):
             return self._forward_classes(prob_fea, labels, prob_occ, gal_occ)
         gallery = prob_fea if isinstance(gal_fea, str) else self._pending_gallery if gal_fea is None else gal_fea
         assert gallery is not None
-        agreement = self._agreement_on_pairs()
+        head = self._head
+        agreement = self._agreement_on_pairs(head)
         with agreement or nullcontext():
             self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-            self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
+            if gallery is not prob_fea or gal_occ is not prob_occ:
+                self._check_maps(gallery, gal_occ, "gal_fea", "gal_occ")
             if agreement is not None:
                 sharded.scores.agree_on_pairs(agreement, self, prob_fea)
-        scores, statistics = score_gallery(self._head, prob_fea, gallery, prob_occ, gal_occ, evaluate=False)
+        scores, statistics = score_gallery(head, prob_fea, gallery, prob_occ, gal_occ, evaluate=False)
         update_running_statistics(statistics)
         if gallery is self._pending_gallery:
             self._pending_gallery = None
@@ -275,23 +277,23 @@ class QAConv(nn.Module):
         if self.mesh is not None:
             return sharded.scores.score_neighbors(self, prob_fea, labels, prob_occ)
         self._check_maps(prob_fea, prob_occ, "prob_fea", "prob_occ")
-        classes = table.shape[0]
+        head, classes = self._head, table.shape[0]
         labels = check_labels(labels, prob_fea.shape[0], classes, prob_fea.device)
-        check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), self._head)
+        check_pairs(prob_fea.shape[0] * (self.k_nearest + self.include_self), head)
         neighbors = self._current_neighbors()
         invalid = None
         if values_may_be_read(labels):
-            index = neighbors[labels]
+            index = neighbors.index_select(0, labels)
         else:
             known = labels.clamp(0, classes - 1)
-            invalid, index = labels != known, neighbors[known]
+            invalid, index = labels != known, neighbors.index_select(0, known)
         if self.include_self:
             index = torch.cat([index, labels.unsqueeze(1)], dim=1)
         if invalid is not None:
-            index = index.masked_fill(invalid.unsqueeze(1), -1)
+            index.masked_fill_(invalid.unsqueeze(1), -1)
         probe = functional.prepare_maps(prob_fea, prob_occ, functional.correlation_dtype(prob_fea))
         scores, statistics = score_maps(
-            self._head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, invalid=invalid
+            head, probe, table, index, labels, raw=True, sparse_grad=self.sparse_grad, invalid=invalid
         )
         return ClassScores(scores, index, classes), statistics, neighbors
 
@@ -461,13 +463,14 @@ class QAConv(nn.Module):
         self._finish(statistics, neighbors)
         return scores
 
-    def _agreement_on_pairs(self) -> Agreement | None:
+    def _agreement_on_pairs(self, head: Head | None = None) -> Agreement | None:
         """Of the ranks that take batch statistics of all pairs together, or gradients in training, if they do."""
-        head, has_backward = self._head, self.training and torch.is_grad_enabled()
-        has_statistics = any(head.statistics_group(norm, False) for norm in (self.bn, self.logit_bn))
-        if self.mesh is None or self.mesh.size() == 1 or not (has_statistics or has_backward):
+        head = self._head if head is None else head
+        if head.mesh is None or head.mesh.size() == 1:
             return None
-        return Agreement(self.mesh, self.fc.weight.device)
+        has_statistics = any(head.statistics_group(norm, False) for norm in (head.bn, head.logit_bn))
+        has_backward = self.training and torch.is_grad_enabled()
+        return Agreement(head.mesh, head.fc.weight.device) if has_statistics or has_backward else None
 
     @property
     def _head(self) -> Head:

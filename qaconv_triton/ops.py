@@ -12,18 +12,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
+from torch.cuda import device_of
 
 from .common.backward import BackwardInputs
 from .common.dtypes import accumulation_dtype, argmax_dtype
+from .common.functions import applying
 from .common.inverted_index import InvertedIndex, packed_index, packed_size
 from .kernels import config
 from .progress import progress_of_search
@@ -63,14 +65,16 @@ def _has_triton() -> bool:
 
 def _backend(op: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The module that implements an op for such tensors: `kernels/<op>.py` or `cpu/<op>.py`."""
-    return importlib.import_module(f".{'kernels' if uses_triton(device, dtype) else 'cpu'}.{op}", __package__)
+    return _module(f".{'kernels' if uses_triton(device, dtype) else 'cpu'}.{op}")
 
 
-@contextmanager
-def _as_given(tensor: Tensor) -> Iterator[None]:
-    """Inside an op the device and the dtypes are its inputs': autocast has had its say before."""
-    with torch.cuda.device_of(tensor), torch.autocast(tensor.device.type, enabled=False):
-        yield
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(name, __package__)
+
+
+# Inside an op the device and the dtypes are its inputs': autocast has had its say before.
+_without_autocast = torch._C._DisableAutocast
 
 
 def _locations(maps: Tensor) -> Tensor:
@@ -86,35 +90,19 @@ def _maps(locations: Tensor, like: Tensor) -> Tensor:
 _library = torch.library.Library("qaconv_triton", "FRAGMENT")  # holds the registrations
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way and `tensor` takes part in it."""
-    if forward_ad._current_level < 0:
-        return False
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        return True
-    # in torch.func.jvp a wrapper has the tangent, and hides it below autograd
-    transform = torch._C._functorch.peek_interpreter_stack()
-    is_jvp = transform is not None and transform.key() == TransformType.Jvp
-    return is_jvp and torch._C._functorch.is_gradtrackingtensor(tensor)
+_functions: dict[str, Callable[..., Any]] = {}  # of the operators
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make an operator of torch of a function, whose annotations are its schema.
+    """Make an operator of torch of a function, whose annotations are its schema; `_set_derivative` completes it.
 
-    As `torch.library.custom_op`, whose wrappers load torch's compiler at the first call and cost time at every one. It
-    raises on forward-mode tangents: torch drops them silently where no input requires a gradient.
+    As `torch.library.custom_op`, whose wrappers load torch's compiler at the first call and cost time at every one.
     """
     name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, function, "CompositeExplicitAutograd")
+    _functions[name] = function
     overload: Callable[..., Any] = getattr(torch.ops.qaconv_triton, name).default
-
-    def checked(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if any(isinstance(value, Tensor) and _has_tangent(value) for value in inputs):
-            raise RuntimeError(f"qaconv_triton::{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
-        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)  # type: ignore[attr-defined]
-
-    _library.impl(name, checked, "ADInplaceOrView", with_keyset=True)
     return overload
 
 
@@ -126,8 +114,55 @@ def _fake_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return registered
 
 
-def _set_derivative(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-    torch.library.register_autograd(f"qaconv_triton::{name}", backward, setup_context=setup_context, lib=_library)
+def _has_tangent(inputs: tuple[Any, ...]) -> bool:
+    """Whether forward-mode differentiation is under way and one of `inputs` takes part in it."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return True
+    # in torch.func.jvp a wrapper has the tangent, and hides it below autograd
+    transform = torch._C._functorch.peek_interpreter_stack()
+    is_jvp = transform is not None and transform.key() == TransformType.Jvp
+    return is_jvp and any(torch._C._functorch.is_gradtrackingtensor(tensor) for tensor in tensors)
+
+
+def _set_derivative(name: str, backward: Callable[..., Any], save: Callable[..., Any] | None = None) -> None:
+    """Give an operator its gradient: `backward(ctx, *grads)`, from what `save(ctx, inputs, output)` keeps.
+
+    As `torch.library.register_autograd`, with fewer calls around an operator that takes less time itself. It raises on
+    forward-mode tangents: torch drops them silently where no input requires a gradient.
+    """
+    function, overload = _functions[name], getattr(torch.ops.qaconv_triton, name).default
+
+    def compute(keyset: DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
+        keyset &= torch._C._after_ADInplaceOrView_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset.highestPriorityTypeId() in (DispatchKey.CPU, DispatchKey.CUDA):  # nothing else has a say
+                return function(*inputs)
+            return overload.redispatch(keyset, *inputs)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *given, keyset = inputs
+        output = compute(keyset, tuple(given))
+        if save is not None:
+            save(ctx, given, output)
+        return output
+
+    def backward_with_keyset(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *grads), None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_with_keyset)}
+    with_gradient: Any = type(f"qaconv_triton_{name}", (torch.autograd.Function,), members)
+
+    def differentiable(keyset: DispatchKeySet, *inputs: Any) -> Any:
+        if _has_tangent(inputs):
+            raise RuntimeError(f"qaconv_triton::{name} has no forward-mode derivative (torch.func.jvp, dual tensors)")
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return applying(with_gradient)(*inputs, keyset)
+        return compute(keyset, inputs)
+
+    _library.impl(name, differentiable, "Autograd", with_keyset=True)
 
 
 @_operator
@@ -144,7 +179,7 @@ def prepare_maps(maps: Tensor, visibility: Tensor | None, dtype: torch.dtype) ->
         product is the inverse norm. Only the former are differentiable, once.
     """
     seen = None if visibility is None else visibility.flatten(1).contiguous()
-    with _as_given(maps):
+    with device_of(maps), _without_autocast():
         backend = _backend("prepare_maps", maps.device, torch.promote_types(maps.dtype, dtype))
         prepared, factors = backend.prepare_maps(_locations(maps), seen, dtype)
     return _maps(prepared, maps), factors
@@ -166,7 +201,7 @@ def prepare_maps_backward(
     With `is_unit`, `maps` are the prepared ones: of unit length.
     """
     seen = None if visibility is None else visibility.flatten(1).contiguous()
-    with _as_given(maps):
+    with device_of(maps), _without_autocast():
         backend = _backend("prepare_maps", maps.device, torch.promote_types(maps.dtype, grad.dtype))
         to_maps, to_visibility = backend.prepare_maps_backward(
             _locations(grad).contiguous(), _locations(maps), seen, factors, is_unit
@@ -194,7 +229,7 @@ def _backward_of_maps(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | 
     if grad is None:
         return None, None, None
     to_maps, to_visibility = prepare_maps_backward(grad, *ctx.saved_tensors, ctx.is_unit)
-    needs_maps, needs_visibility, _ = ctx.needs_input_grad
+    needs_maps, needs_visibility = ctx.needs_input_grad[:2]
     return to_maps if needs_maps else None, to_visibility if needs_visibility else None, None
 
 
@@ -228,9 +263,11 @@ def max_correlation(
     """
     backend = _backend("max_correlation", probe.device, probe.dtype)
     index = None if index is None else index.contiguous()
-    with _as_given(probe):
-        packed, inverted = probe.new_empty(0, dtype=torch.int64), None
-        if index is not None:
+    with device_of(probe), _without_autocast():
+        inverted = None
+        if index is None:
+            packed = probe.new_empty(0, dtype=torch.int64)
+        else:
             packed = packed_index(index, gallery.shape[0])
             inverted = InvertedIndex.unpacked(packed, index.numel())
         maps = _locations(probe).contiguous()
@@ -272,7 +309,7 @@ def pair_sums(
     """
     index = None if index is None else index.contiguous()
     weight, maps, keys = weight.contiguous(), _locations(probe).contiguous(), _locations(gallery)
-    with _as_given(probe):
+    with device_of(probe), _without_autocast():
         backend = _backend("max_correlation", probe.device, probe.dtype)
         sums: Tensor = backend.pair_sums(maps, keys, index, group, normalize_gallery, weight)
     return sums
@@ -309,7 +346,7 @@ def max_correlation_backward(
     inverted = None if index is None else InvertedIndex.unpacked(packed, index.numel())
     maps, keys = _locations(probe).contiguous(), _locations(gallery)
     saved = BackwardInputs(grad.contiguous(), pooled, argmax, rnorm, inverted, maps, keys, index, group)
-    with _as_given(probe):
+    with device_of(probe), _without_autocast():
         backend = _backend("max_correlation", probe.device, probe.dtype)
         to_probe, to_gallery = backend.max_correlation_backward(saved, rows, needs_probe, needs_gallery)
     return (
@@ -392,7 +429,7 @@ def cosine_topk(
     dtype = dtype or queries.dtype
     queries, keys = queries.contiguous(), None if keys is None else keys.contiguous()
     progress = progress_of_search.get()
-    with _as_given(torch.empty(0, device=device)):
+    with device_of(torch.empty(0, device=device)), _without_autocast():
         backend = _backend("cosine_topk", device, dtype)
         similarities, indices = backend.cosine_topk(
             queries, keys, k, previous, workspace_bytes, device, dtype, progress
@@ -425,7 +462,7 @@ def mutual_topk(left: Tensor, right: Tensor, k: int, thresholds: Tensor) -> tupl
     left, right = left.contiguous(), right.contiguous()
     # Candidates must exceed a threshold; those that equal the k-th best so far may have a lower id, and are wanted.
     thresholds = torch.nextafter(thresholds, thresholds.new_tensor(-torch.inf))
-    with _as_given(left):
+    with device_of(left), _without_autocast():
         found: tuple[Tensor, Tensor] = _backend("cosine_topk", left.device, left.dtype).mutual_topk(
             left, right, k, thresholds
         )

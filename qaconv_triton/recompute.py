@@ -55,10 +55,11 @@ class StatisticsGuard:
         if torch.compiler.is_compiling():
             return
         for module in self.matcher.modules():
-            self.graphs.append((module, {name: vars(module)[name] for name in GRAPH if name in vars(module)}))
+            state = vars(module)
+            self.graphs.append((module, {name: state[name] for name in GRAPH if name in state}))
             if module.training:
-                buffers = [buffer for name, buffer in module.named_buffers(recurse=False) if name in STATISTICS]
-                self.statistics += buffers
+                buffers = (module._buffers.get(name) for name in STATISTICS)
+                self.statistics += [buffer for buffer in buffers if buffer is not None]
         self.values = _copies(self.statistics)
 
     def __exit__(
@@ -75,14 +76,15 @@ class StatisticsGuard:
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     """Copies of `tensors`, by one operation for each kind of them: they are many, and small."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    copies = {}
-    for of_kind in kinds.values():
-        parts = torch.cat([tensor.flatten() for tensor in of_kind]).split([tensor.numel() for tensor in of_kind])
-        copies.update({id(tensor): part.view_as(tensor) for tensor, part in zip(of_kind, parts, strict=True)})
-    return [copies[id(tensor)] for tensor in tensors]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for copy, tensor in zip(copies, tensors, strict=True):
+        to, of = kinds.setdefault((tensor.device, tensor.dtype), ([], []))
+        to.append(copy)
+        of.append(tensor)
+    for to, of in kinds.values():
+        torch._foreach_copy_(to, of)
+    return copies
 
 
 @dataclass(eq=False)

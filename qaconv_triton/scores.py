@@ -60,16 +60,18 @@ def score_gallery(
     """
     dtype = functional.correlation_dtype(prob_fea)
     probe = functional.prepare_maps(prob_fea, prob_occ, dtype)
+    probes, items = probe.shape[0], gal_fea.shape[0]
 
-    def gallery(rows: slice) -> Tensor:
+    def gallery(rows: slice | None) -> Tensor:
         if gal_fea is prob_fea and gal_occ is prob_occ:
-            return probe[rows]
+            return probe if rows is None else probe[rows]
+        if rows is None:  # a slice would have a gradient of its own
+            return functional.prepare_maps(gal_fea, gal_occ, dtype)
         return functional.prepare_maps(gal_fea[rows], _rows(gal_occ, rows), dtype)
 
-    probes, items = probe.shape[0], gal_fea.shape[0]
     step = max(1, MAP_BYTES // (4 * prob_fea.shape[1:].numel()))
     if max(probes, items) <= step or not head.needs_sums_only(evaluate=evaluate):
-        return score_maps(head, probe, gallery(slice(0, items)), evaluate=evaluate)
+        return score_maps(head, probe, gallery(None), evaluate=evaluate)
     scores = probe.new_empty(probes, items, dtype=accumulation_dtype(dtype))
     for first in range(0, items, step):
         columns = slice(first, first + step)

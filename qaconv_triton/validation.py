@@ -69,16 +69,14 @@ def check_maps(
     if not isinstance(maps, Tensor):
         raise TypeError(f"{name}: expected a tensor [B, C, H, W], got {type(maps).__name__}")
     check_layout(maps, name)
-    expected = ", ".join(
-        letter if size is None else str(size)
-        for letter, size in (("B", None), ("C", channels), ("H", height), ("W", width))
-    )
-    wanted = (channels, height, width)
+    shape, wanted = maps.shape[1:], (channels, height, width)
     if (
         maps.dim() != 4
-        or 0 in maps.shape[1:]
-        or any(size is not None and size != got for size, got in zip(wanted, maps.shape[1:], strict=True))
+        or 0 in shape
+        or (shape != wanted and any(size not in (None, got) for size, got in zip(wanted, shape, strict=True)))
     ):
+        letters = zip("BCHW", (None, *wanted), strict=True)
+        expected = ", ".join(letter if size is None else str(size) for letter, size in letters)
         raise ValueError(f"{name}: expected feature maps [{expected}], got shape {list(maps.shape)}")
     if maps.dtype not in MAP_DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {maps.dtype}")

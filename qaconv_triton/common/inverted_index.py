@@ -29,10 +29,14 @@ class InvertedIndex(NamedTuple):
     @staticmethod
     def unpacked(packed: Tensor, pairs: int) -> InvertedIndex:
         """Of `packed_index`, for that many pairs: views, as aligned as the whole, for kernels depend on it."""
-        slots = (packed.shape[0] - 2 * _even(pairs)) // 2 - 1
-        sizes = slots, slots + 1, pairs, pairs
-        parts = packed.split([_even(size) for size in sizes])
-        return InvertedIndex(*(part[:size] for part, size in zip(parts, sizes, strict=True)))
+        half = packed.shape[0] // 2 - _even(pairs)
+        slots, first = half - 1, _even(half - 1)
+        return InvertedIndex(
+            packed.narrow(0, 0, slots),
+            packed.narrow(0, first, slots + 1),
+            packed.narrow(0, 2 * half, pairs),
+            packed.narrow(0, 2 * half + _even(pairs), pairs),
+        )
 
 
 def packed_size(pairs: int, num_classes: int) -> int:
