@@ -96,7 +96,8 @@ gpu-test:
 	@$(call logged,240,$(PYTHON) -m pytest -n $(WORKERS) -k 'test_gpu or not slow' --durations 20 --ignore=tests/static \
 	    --ignore=tests/test_bench.py --ignore=tests/test_perf_gate.py)
 
-# without torch's cache each tensor has bounds of its own
+# Without torch's cache each tensor has bounds of its own. Of Triton 3.6's code racecheck reports that threads write the same
+# place of shared memory in _norms_kernel and _prepare_kernel: all of them the same value, where a layout is converted.
 gpu-memcheck gpu-racecheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 gpu-memcheck gpu-racecheck: gpu-%:
 	@$(call logged,120,compute-sanitizer --tool $* --error-exitcode 42 --target-processes application-only \

@@ -135,13 +135,14 @@ def correlation_forward(locations: int, channels: int, probe_size: int, gallery_
     if is_narrow and probe_size == gallery_size:  # there wider steps may spill
         step //= 2
     few, many = (4, 8) if tile == LARGEST_TILE else (2, 4)
-    stages = 4 if probe_size == 2 and not is_narrow else 3
+    stages = 4 if probe_size == 2 and not is_narrow and generation() != AMD else 3
+    listed = [(step, few, stages), (2 * step, few, 3), (step, few, 3), (step, many, 3), (2 * step, many, 3)]
+    if generation() // 10 == 10:  # there few warps may spill
+        listed.insert(0, (step, many, 3))
     found = [
         Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, size)}, num_warps, num_stages)
-        for size, num_warps, num_stages in (
-            (step, few, stages), (2 * step, few, 3), (step, few, 3), (step, many, 3), (2 * step, many, 3),
-        )
-    ]  # fmt: skip
+        for size, num_warps, num_stages in listed
+    ]
     wider = max(probe_size, gallery_size)
     return _fitting(found, lambda c: _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
 

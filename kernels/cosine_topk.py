@@ -60,7 +60,7 @@ def cosine_topk(
     right = left if keys is None else ChunkedTable(keys, len(keys), device, dtype)
     no_thresholds = torch.full((len(queries),), EMPTY, dtype=torch.int64, device=device)
     thresholds = no_thresholds if estimate is None else pack_threshold(estimate.to(device))
-    most = None if estimate is not None else _raise_from_sample(left, right, k, thresholds, workspace_bytes)
+    most = _raise_from_sample(left, right, k, thresholds, workspace_bytes)
     _search(left, None if keys is None else right, k, best, thresholds, workspace_bytes, most, progress)
     # Rows whose estimate was too high: once more among all keys, themselves included, without a threshold.
     short = (best[:, -1] == EMPTY).nonzero().flatten()

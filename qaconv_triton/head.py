@@ -137,8 +137,8 @@ class _Score(torch.autograd.Function):
         logit_inverse_std = (logit_variance + logit_bn.eps).rsqrt()
         normalized = (logits - logit_mean).mul_(logit_inverse_std)
         scores = _affine(normalized, logit_weight, logit_bias)
-        if invalid is not None:
-            scores.masked_fill_(invalid.unsqueeze(1), torch.nan)
+        if invalid is not None:  # not in place: compiled by torch 2.11, an output changed in place has no gradient
+            scores = scores.masked_fill(invalid.unsqueeze(1), torch.nan)
         found = mean, variance, logit_mean, logit_variance
         return scores, *found, inverse_std, logit_inverse_std, products, normalized
 
@@ -350,8 +350,7 @@ def update_running_statistics(statistics: list[BatchStatistics]) -> None:
             count if isinstance(count, Tensor) else torch.full_like(variance, count)
             for variance, count in zip(variances, rows, strict=True)
         ]
-        signs = {id(count): count.sign() for count in given}  # 0 where there are none; often one tensor
-        shares = [signs[id(count)] for count in given]
+        shares = [count.sign() for count in given]  # 0 where there are none
         tracked = [counter + (share > 0) for counter, share in zip(counters, shares, strict=True)]
         others = torch._foreach_clamp_min(torch._foreach_sub(torch._foreach_mul(given, widths), 1.0), 1.0)
         unbiased = torch._foreach_addcdiv(variances, variances, others)
