@@ -59,11 +59,8 @@ def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
         counts = _add(whole, loops[-1], turns - 1)
     elif turns > 1 and len(loops) > 1:
         counts = _add(loops[-2], loops[-1], turns - 1)
-    else:  # maps of several tiles: what is outside the loop over them is shared out
+    else:
         counts = loops[-1]
-        if sizes.get("SPLIT") and name != "_forward_kernel":
-            outside = _add(loops[-2], loops[-1], -1)
-            counts = _add(counts, outside, 1 / -(-sizes["S"] // length))
     return Estimate(
         tensor_cycles=round(products / PRODUCTS_A_CYCLE[arch]),
         issue_cycles=round(counts[0] * warps / SCHEDULERS),
