@@ -164,19 +164,19 @@ def neighbors_per_program(probes: int, neighbors: int) -> int:
     return max(1, min(32, neighbors, probes * neighbors // 1024))
 
 
-def correlation_backward(locations: int, channels: int, product_size: int, map_size: int) -> list[Config]:
+def correlation_backward(locations: int, channels: int, product_size: int, map_size: int, tma: int) -> list[Config]:
     """Both gradients of max correlation: a `[BS, BR]` weight tile against BC channels kept in the accumulator.
 
     Products of fp32 take smaller tiles: they split every operand in two. On AMD what is on its way stays in registers:
     a stage more, and a tile that is scaled before its product spills. Hopper's products write an accumulator of as many
-    channels as registers hold: the weights are made once for all of them.
+    channels as registers hold, if none of them holds addresses (`tma`): the weights are made once for all channels.
     """
     stages = 2 if generation() == AMD else 3
     is_half = product_size == 2
     tile = _power_of_two(locations, 16, 64 if is_half else 32)
     many, few = (8, 4) if tile >= 32 else (4, 2)
     listed = [(most, num_warps, stages) for most in (128, 64, 256) for num_warps in (many, few)]
-    if generation() // 10 == 9 and is_half and tile == LARGEST_TILE:
+    if generation() // 10 == 9 and is_half and tile == LARGEST_TILE and tma:
         listed = [*([(512, many, 3), (512, 16, 3), (256, few, 3)] if map_size == 2 else [(128, many, 2)]), *listed]
     found = [
         Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, most)}, num_warps, num_stages)

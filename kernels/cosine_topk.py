@@ -197,7 +197,8 @@ def _select_tiling(
         search = TopKSearch(k, capacity, tiling, buffer.candidates[:, :k], buffer.thresholds, None)
         return search.search_tiles(left, right, buffer, buffer if keys is None else None)
 
-    variant = f"{dtype} {config.precision()} {'self' if keys is None else 'cross'}"
+    tma = dim * dtype.itemsize % 16 == 0 and config.has_tma()  # of chunks, whatever the table is like
+    variant = f"{dtype} {config.precision()} {'tma ' if tma else ''}{'self' if keys is None else 'cross'}"
     return tuning.select_config(config.cosine_topk, shape, variant, operations, run)
 
 

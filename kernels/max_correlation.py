@@ -284,6 +284,7 @@ def _launch_forward(
         "permutation": permutation is not None,
         "norms": rnorm.numel() > 0,
         "sums": sums is not None,
+        "tma": tma,
     }
     variant = tuning.variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels

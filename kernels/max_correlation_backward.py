@@ -221,7 +221,7 @@ def probe_gradient(
             SPLIT=locations > tiles["BR"], TMA=tma, **operands, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    tiling = _tiling("probe", probe, gallery, neighbors, rnorm.numel() > 0, index is not None, launch)
+    tiling = _tiling("probe", probe, gallery, neighbors, rnorm.numel() > 0, index is not None, tma, launch)
     tuning.launch_announced("probe gradient", partial(launch, tiling))
     if may_be_out_of_range(gallery, rnorm):
         launch(tiling, (rnorm < 0).any())
@@ -348,7 +348,7 @@ def gallery_gradient(
             **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    tiling = _tiling("gallery", probe, gallery, neighbors, rnorm.numel() > 0, inverted is not None, launch)
+    tiling = _tiling("gallery", probe, gallery, neighbors, rnorm.numel() > 0, inverted is not None, tma, launch)
     tuning.launch_announced("gallery gradient", partial(launch, tiling))
     return out
 
@@ -376,7 +376,7 @@ def max_correlation_backward(
 
 
 def _tiling(
-    side: str, probe: Tensor, gallery: Tensor, neighbors: int, normalize: bool, indexed: bool,
+    side: str, probe: Tensor, gallery: Tensor, neighbors: int, normalize: bool, indexed: bool, tma: bool,
     launch: Callable[[config.Config], Any],
 ) -> config.Config:  # fmt: skip
     probes, locations, channels = probe.shape
@@ -384,8 +384,9 @@ def _tiling(
     product_size, map_size = 4 if is_wide else probe.element_size(), max(probe.element_size(), gallery.element_size())
     if side == "probe" and normalize and gallery.dtype == torch.float16:
         map_size = 4  # it is normalised in registers
-    shape = config.shape_class(locations, channels, product_size, map_size)
-    variant = tuning.variant(probe, gallery, [side, *(["norms"] if normalize else []), *(["index"] if indexed else [])])
+    shape = config.shape_class(locations, channels, product_size, map_size, int(tma))
+    flags = {"norms": normalize, "index": indexed, "tma": tma}
+    variant = tuning.variant(probe, gallery, [side, *(name for name, there in flags.items() if there)])
     operations = 2.0 * probes * neighbors * locations**2 * channels
     return tuning.select_config(config.correlation_backward, shape, variant, operations, launch)
 

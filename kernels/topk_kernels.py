@@ -22,7 +22,6 @@ EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
 NO_PAIR = tl.constexpr((packing.LOWEST << 32) | 0xFFFFFFFF)  # not below any candidate whose key is LOWEST
-BATCH = tl.constexpr(1)  # parts of a tile
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
 MAX_SORTED_LIST = 1024  # of candidates that the kernel sorts; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
@@ -178,38 +177,26 @@ def _append_kernel(
         for i_part in tl.static_range(len(b_parts)):
             b_halves = b_halves + _halves(b_parts[i_part])
         b_parts = b_halves
-    # Places are reserved for BATCH parts before the first store waits for one.
-    for i_batch in tl.static_range(0, PARTS, BATCH):
-        b_keys = ()
-        b_in_rows = ()
-        b_in_columns = ()
-        for i_part in tl.static_range(i_batch, i_batch + BATCH):
-            o_c = i_column + i_part * 16 + tl.arange(0, 16)
-            m_c = o_c < columns
-            b_column_id = first_column + o_c[None, :]
-            b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
-            is_pair = m_row[:, None] & m_c[None, :]
-            if MIRROR:
-                is_pair = is_pair & (b_row_id != b_column_id)
-            # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
-            b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
-            b_key = tl.where(is_pair, b_key, LOWEST)
-            b_places = _reserve(p_row_counts, b_row_thresholds[:, None], o_row[:, None], b_key, b_column_id, BRANCH)
-            b_in_rows += (b_places,)
-            if MIRROR:
-                b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
-                b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
-                b_places = _reserve(p_column_counts, b_thresholds[None, :], o_c[None, :], b_key, b_row_id, BRANCH)
-                b_in_columns += (b_places,)
-            b_keys += (b_key,)
-        for i_part in tl.static_range(BATCH):
-            o_c = i_column + (i_batch + i_part) * 16 + tl.arange(0, 16)
-            b_column_id = first_column + o_c[None, :]
-            _append(p_row_buffers, b_in_rows[i_part], o_row[:, None], b_keys[i_part], b_column_id, capacity, BRANCH)
-            if MIRROR:
-                _append(
-                    p_column_buffers, b_in_columns[i_part], o_c[None, :], b_keys[i_part], b_row_id, capacity, BRANCH
-                )
+    for i_part in tl.static_range(PARTS):
+        o_c = i_column + i_part * 16 + tl.arange(0, 16)
+        m_c = o_c < columns
+        b_column_id = first_column + o_c[None, :]
+        b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
+        is_pair = m_row[:, None] & m_c[None, :]
+        if MIRROR:
+            is_pair = is_pair & (b_row_id != b_column_id)
+        # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
+        b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
+        b_key = tl.where(is_pair, b_key, LOWEST)
+        # all places are reserved before the first store waits for one
+        b_in_row = _reserve(p_row_counts, b_row_thresholds[:, None], o_row[:, None], b_key, b_column_id, BRANCH)
+        if MIRROR:
+            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
+            b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
+            b_in_column = _reserve(p_column_counts, b_thresholds[None, :], o_c[None, :], b_key, b_row_id, BRANCH)
+        _append(p_row_buffers, b_in_row, o_row[:, None], b_key, b_column_id, capacity, BRANCH)
+        if MIRROR:
+            _append(p_column_buffers, b_in_column, o_c[None, :], b_key, b_row_id, capacity, BRANCH)
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"], do_not_specialize_on_alignment=["p_best"])

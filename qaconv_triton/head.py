@@ -227,9 +227,13 @@ def _statistics(values: Tensor, norm: _Norm) -> tuple[Tensor, Tensor]:
     if norm.group is None:
         if norm.share is None:
             return mean, variance
-        of_all, mean = mean, mean / norm.share
-        return mean, torch.addcmul(variance / norm.share, mean, of_all - mean)
-    moments = torch.stack([mean, torch.addcmul(variance, mean, mean)]).double() * values.numel()
+        # of all values to of those that count, in fp64: the difference of squares cancels
+        of_all, share = mean.double(), norm.share.double()
+        own = of_all / share
+        variance = torch.addcmul(variance / share, own, of_all - own).clamp_(min=0.0)
+        return own.to(values.dtype), variance.to(values.dtype)
+    mean, variance = mean.double(), variance.double()
+    moments = torch.stack([mean, torch.addcmul(variance, mean, mean)]) * values.numel()
     distributed.all_reduce(moments, group=norm.group)
     assert norm.num_values is not None
     mean, square = (moments / norm.num_values).unbind()
@@ -242,7 +246,7 @@ def _over_batch(
     """A factor and two tensors whose products are the means over the batch of what `sums` are this rank's sums of."""
     if group is None:
         first, second = sums if share is None else (sums[0] / share, sums[1] / share)
-        return 1.0 / numel, first, second
+        return 1.0 / max(numel, 1), first, second
     total = torch.stack([each.view(()) for each in sums])
     distributed.all_reduce(total, group=group)
     assert count is not None

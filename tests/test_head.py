@@ -11,7 +11,7 @@ from inputs import make_matcher
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qaconv_triton import QAConv
+from qaconv_triton import QAConv, head
 from qaconv_triton.head import pair_scores, update_running_statistics
 
 PAIRS, NEIGHBORS, VALUES = 4, 3, 12
@@ -78,3 +78,16 @@ def test_few_operations() -> None:
     assert 0 < sum(forward.found.values()) <= 18, forward.found
     assert 0 < sum(update.found.values()) <= 4, update.found
     assert 0 < sum(backward.found.values()) <= 18, backward.found
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.9, 0.01), (20.0, 0.05)])
+def test_the_variance_over_ranks_is_as_exact_as_that_of_one(
+    mean: float, deviation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squares of values far from zero are summed in fp64."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)  # of one rank
+    values = mean + deviation * torch.randn(64, 50)
+    norm = head._Norm(1e-5, num_values=torch.tensor(float(values.numel())), group=object())
+    found = head._statistics(values, norm)
+    torch.testing.assert_close(found[0].double(), values.double().mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1].double(), values.double().var(correction=0), rtol=1e-5, atol=0)

@@ -325,7 +325,7 @@ def test_maps_beyond_the_axes_of_a_launch_are_refused(locations: int, channels: 
         max_correlation.max_correlation(maps, maps, None, None, None, False)
     with pytest.raises(ValueError, match=rf"got {locations} locations and {channels} channels"):
         max_correlation.pair_sums(maps, maps, None, None, False, empty(2 * locations))
-    widest = config.correlation_backward(config.MAX_MAP_AXIS, config.MAX_MAP_AXIS, 4, 4)
+    widest = config.correlation_backward(config.MAX_MAP_AXIS, config.MAX_MAP_AXIS, 4, 4, 0)
     for tiles in (each.tiles for each in widest):
         assert math.ceil(config.MAX_MAP_AXIS / tiles["BR"]) <= AXES[1]
         assert math.ceil(config.MAX_MAP_AXIS / tiles["BC"]) <= AXES[2]

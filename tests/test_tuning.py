@@ -27,7 +27,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, config.AMD)
 SHAPES = {
     config.correlation_forward: [(locations, 512, *sizes) for locations in (49, 192) for sizes in ((2, 2), (4, 4))],
     config.correlation_backward: [
-        (locations, 512, *sizes) for locations in (49, 192) for sizes in ((2, 2), (2, 4), (4, 4))
+        (locations, 512, *sizes, tma) for locations in (49, 192) for sizes in ((2, 2), (2, 4), (4, 4)) for tma in (0, 1)
     ],
     config.cosine_topk: [(dim, size) for dim in (512, 25_088) for size in (2, 4)],
 }

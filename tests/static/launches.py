@@ -116,7 +116,12 @@ def _score_cases(
         yield case("all pairs gallery gradient", gallery_gradient[0], *of_pairs, None, compact=False)
     if locations == 49 and dtype != torch.float16:
         yield case("class path scores alone", *forward, weight=weight, sums=sums)
-        yield case("sparse gallery gradient", *gallery_gradient, compact=True)
+        # a table with sparse gradients lies channels first: no descriptor takes it
+        first = empty(classes, CHANNELS, locations, dtype=table_dtype).mT
+        yield case("sparse gallery gradient", gallery_gradient[0], found, rnorm, probe, first, inverted, compact=True)
+        yield case(
+            "probe gradient of a table channels first,", probe_gradient[0], found, rnorm, probe, first, index, inverted
+        )
     if locations == 49 and dtype != torch.float16 and table_dtype == torch.float32:  # norms out of range
         yield case("class path forward, normalised first,", *forward, pooled, argmax, before=1)
         yield case("probe gradient, normalised first,", *probe_gradient, before=1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 Reports = list[report.Report]
 
-ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # the code for sm_89 is that for sm_86: see below
+ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")  # that for sm_89 is nearly that for sm_86: see below
 TENSOR_CORE = {
     "sm_80": "HMMA", "sm_86": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma",
 }  # fmt: skip
@@ -31,7 +31,7 @@ SHARED_LIMIT = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536,
 }  # fmt: skip
 REGISTERS = {"sm": 65_536, "gfx": 4 * 64 * 512}  # of a multiprocessor; of a compute unit's four SIMDs of 64 lanes
-LAUNCHES = 83
+LAUNCHES = 86
 PRODUCTS = {"_forward_kernel", "_probe_gradient_kernel", "_gallery_gradient_kernel", "_append_kernel"}
 PASSES = {"_norms_kernel", "_prepare_kernel", "_prepare_gradient_kernel"}  # over maps
 OTHERS = {*PASSES, "_matches_kernel", "_select_kernel", "_sort_kernel"}  # no products
@@ -173,11 +173,13 @@ def test_nothing_differs_from_the_committed_table(compiled: Reports, arch: str) 
     assert not found, "\n".join([*found, f"{len(found)} differences. If they are meant: python -m bench static --save"])
 
 
-def test_the_table_of_sm_89_is_that_of_sm_86() -> None:
-    """Of the two one is compiled here."""
+def test_the_table_of_sm_89_keeps_what_that_of_sm_86_does() -> None:
+    """Of the two one is compiled here; instructions and registers of few kernels differ."""
     if not report.committed("sm_86"):
         _without_a_table()
-    assert report.committed("sm_89") == report.committed("sm_86")
+    names = ("configurations", "case", "kernel", "configuration", "status", "stack", "local", "tensor_core")
+    kept = [[[line[name] for name in names] for line in report.committed(arch)] for arch in ("sm_86", "sm_89")]
+    assert kept[0] == kept[1]
 
 
 def test_differences_name_row_and_column() -> None:
