@@ -126,6 +126,8 @@ def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
 def test_forward_and_search_load_sixteen_bytes_at_a_time(defaults: Reports, products: Reports, arch: str) -> None:
     """Gradients read maps so, too, but pooled values and locations beside them in smaller pieces."""
     for each in products:
+        if "channels first" in each.case:  # neighbours in memory are of other channels
+            continue
         if arch == "gfx942":  # where maps pass through registers on their way to shared memory
             assert each.widest_load == 128, each
         else:
