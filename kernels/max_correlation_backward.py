@@ -101,16 +101,15 @@ def matches(
 ) -> Matches:
     """Launch `_matches_kernel` for `grad` fp32 `[P, K, 2S]`."""
     probes, neighbors = grad.shape[:2]
-    config_of = config.matches(locations)
-    tile = config_of.tiles["B"]
-    width = config.cdiv(locations, tile) * tile
+    tiles, num_warps, num_stages = config.matches(locations)
+    blocks = config.cdiv(locations, tiles["B"])
+    width = blocks * tiles["B"]
     packed = grad.new_empty(probes, neighbors, 2, width, dtype=torch.int64)
     radial = grad.new_empty((probes, neighbors, width) if has_radial else 0)
     scale = gradient_scale(grad)
-    _matches_kernel[(probes * neighbors, width // tile)](
+    _matches_kernel[(probes * neighbors, blocks)](
         grad, pooled, argmax, index, scale, packed, radial, locations, width,
-        HAS_INDEX=index is not None, HAS_RADIAL=has_radial,
-        **config_of.tiles, num_warps=config_of.num_warps, num_stages=config_of.num_stages,
+        HAS_INDEX=index is not None, HAS_RADIAL=has_radial, **tiles, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return Matches(packed, radial, scale)
 

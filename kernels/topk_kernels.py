@@ -65,6 +65,11 @@ $$DONE:
 
 
 @triton.jit
+def _candidate(b_key, b_low):
+    return (b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)  # the upper half is the key alone
+
+
+@triton.jit
 def _reserve(p_counts, b_thresholds, o_row, b_key, b_id, BRANCH: tl.constexpr):
     """Places in the buffers of `o_row`, which broadcasts to the shape of `b_key`, of what exceeds their thresholds.
 
@@ -81,7 +86,7 @@ def _reserve(p_counts, b_thresholds, o_row, b_key, b_id, BRANCH: tl.constexpr):
             pack=1,
         )
     else:
-        above = ((b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)) > b_thresholds
+        above = _candidate(b_key, b_low) > b_thresholds
         # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
         p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
         b_position = tl.where(above, tl.atomic_add(p_count, 1, mask=above, sem="relaxed"), -1)
@@ -102,9 +107,8 @@ def _append(p_buffers, b_position, o_row, b_key, b_id, capacity, BRANCH: tl.cons
             pack=1,
         )
     else:
-        b_candidate = (b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)
         p_place = p_buffers + o_row.to(tl.int64) * capacity + b_position
-        tl.store(p_place, b_candidate, mask=(b_position >= 0) & (b_position < capacity))
+        tl.store(p_place, _candidate(b_key, b_low), mask=(b_position >= 0) & (b_position < capacity))
 
 
 @triton.jit(
@@ -341,7 +345,7 @@ class CandidateBuffer:
                 self._select_with_torch(k, rows, best, saved_counts)
             return
         tiles, num_warps, num_stages = config.select(size)
-        _select_kernel[(triton.cdiv(count, tiles["BM"]),)](
+        _select_kernel[(config.cdiv(count, tiles["BM"]),)](
             self.candidates, self.counts, self.thresholds, self.counts if saved_counts is None else saved_counts, best,
             count, capacity, best.stride(0), k, ROLLBACK=saved_counts is not None,
             **tiles, num_warps=num_warps, num_stages=num_stages,
@@ -373,7 +377,7 @@ def sorted_topk(candidates: Tensor) -> tuple[Tensor, Tensor]:
             similarities[rows], ids[rows] = packing.unpack(best)
     elif candidates.numel():
         tiles, num_warps, num_stages = config.sort(k)
-        _sort_kernel[(triton.cdiv(count, tiles["BM"]),)](
+        _sort_kernel[(config.cdiv(count, tiles["BM"]),)](
             candidates, similarities, ids, count, k, **tiles, num_warps=num_warps, num_stages=num_stages
         )
     return similarities, ids

@@ -13,7 +13,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from ..common.chunks import Chunk, ChunkedTable
@@ -115,9 +114,9 @@ class TopKSearch:
                 buffer = CandidateBuffer(len(rows.rows), capacity, self.thresholds.device)
                 buffer.thresholds = self.thresholds[_span(rows)]
                 steps = self._steps(len(keys.rows), is_same=False)
-                most = max(1, config.MAX_GRID // triton.cdiv(len(rows.rows), self.tiles["BM"]))
-                for step in range(0, steps, most):
-                    self._launch(rows, keys, buffer, None, step, min(most, steps - step))
+                max_steps = max(1, config.MAX_GRID // config.cdiv(len(rows.rows), self.tiles["BM"]))
+                for step in range(0, steps, max_steps):
+                    self._launch(rows, keys, buffer, None, step, min(max_steps, steps - step))
                 buffer.longest = capacity
                 buffer.compact(rank)
                 del buffer
@@ -139,10 +138,10 @@ class TopKSearch:
             thresholds.copy_(buffer.thresholds)
 
     def _tiles(self, rows: int, columns: int, is_same: bool) -> int:
-        return triton.cdiv(rows, self.tiles["BM"]) * self._steps(columns, is_same)
+        return config.cdiv(rows, self.tiles["BM"]) * self._steps(columns, is_same)
 
     def _steps(self, columns: int, is_same: bool) -> int:
-        blocks = triton.cdiv(columns, self.tiles["BN"])
+        blocks = config.cdiv(columns, self.tiles["BN"])
         return blocks // 2 + 1 if is_same else blocks
 
     def search_tiles(
@@ -155,19 +154,19 @@ class TopKSearch:
         """
         is_same = column_buffer is row_buffer
         buffers = [row_buffer] if is_same or column_buffer is None else [row_buffer, column_buffer]
-        tiles_per_step = triton.cdiv(len(rows.rows), self.tiles["BM"])
+        tiles_per_step = config.cdiv(len(rows.rows), self.tiles["BM"])
         candidates_per_step = self.tiles["BN"] * (2 if is_same else 1)  # of a row, at most
         step, last = 0, self._steps(len(columns.rows), is_same)
         planned = last if self.is_one_round else 0
         flops_per_step = 2 * len(rows.rows) * self.tiles["BN"] * rows.rows.shape[1]
-        most = max(1, min(config.MAX_GRID // tiles_per_step, ROUND_FLOPS // flops_per_step))
+        max_steps = max(1, min(config.MAX_GRID // tiles_per_step, ROUND_FLOPS // flops_per_step))
         while step < last:
             before = max(buffer.longest for buffer in buffers)
             if before + candidates_per_step > self.capacity:
                 self._compact(buffers)
                 before = max(buffer.longest for buffer in buffers)
             certain = max(1, (self.capacity - before) // candidates_per_step)
-            steps = min(max(planned, certain), last - step, most)
+            steps = min(max(planned, certain), last - step, max_steps)
             saved_counts = [buffer.counts.clone() if buffer.longest else None for buffer in buffers]
             launch = partial(self._launch, rows, columns, row_buffer, column_buffer, step, steps)
             kernel = tuning.launch_announced("append", launch)
@@ -189,7 +188,7 @@ class TopKSearch:
     ) -> Any:  # fmt: skip
         other = row_buffer if column_buffer is None else column_buffer
         tma = may_be_described(rows.rows, columns.rows)
-        return _append_kernel[(triton.cdiv(len(rows.rows), self.tiles["BM"]) * steps,)](
+        return _append_kernel[(config.cdiv(len(rows.rows), self.tiles["BM"]) * steps,)](
             described(rows.rows[None], self.tiles["BM"], self.tiles["BD"], tma),
             described(columns.rows[None], self.tiles["BN"], self.tiles["BD"], tma), rows.rnorm, columns.rnorm,
             row_buffer.candidates, row_buffer.counts, row_buffer.thresholds,
