@@ -26,8 +26,9 @@ if not Path(__file__).with_name("kernels").is_dir() and _beside.is_file():  # a 
 
 from . import functional
 from .checkpoint import convert_checkpoint
+from .class_memory import ClassMemoryLoss
 from .correspondences import Correspondences
-from .losses import ClassMemoryLoss, PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
+from .losses import PairwiseMatchingLoss, SoftmaxTripletLoss, TripletLoss
 from .matcher import QAConv
 from .sample_graph import sample_class_graph
 from .sampler import GraphSampler

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from qaconv_triton import ClassMemoryLoss, QAConv, losses
+from qaconv_triton import ClassMemoryLoss, QAConv, class_memory
 
 
 @pytest.mark.parametrize("mem_batch_size", [1, 3, N, 100])
@@ -76,7 +76,7 @@ def test_an_invalid_label_has_a_loss_of_nan_and_is_not_remembered(
     monkeypatch: pytest.MonkeyPatch, labels: list[int], invalid: int
 ) -> None:
     # As on a GPU, where labels are not read back.
-    monkeypatch.setattr(losses, "check_labels", lambda labels, *_: labels)
+    monkeypatch.setattr(class_memory, "check_labels", lambda labels, *_: labels)
     module = class_memory_loss(loss_matcher())
     first, target, _ = loss_batch(list(range(N)))
     module(first, target)
