@@ -30,6 +30,30 @@ RELEASES = ("1.2", "2.0", "2.1", "oaml")
 _logger = logging.getLogger(__name__)
 
 
+class CheckedModule(nn.Module):
+    """A module that loads a state dict in full or not at all."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as `nn.Module` does, but nothing of one that is refused.
+
+        Checkpoints of published QAConv 2.1 and later load as they are; for older ones see `convert_checkpoint`.
+
+        Args:
+            state_dict: as `state_dict` returns it, or published.
+            strict: refuse keys that are missing or unknown.
+            assign: keep the tensors of `state_dict`, instead of copying from them.
+
+        Returns:
+            `missing_keys` and `unexpected_keys`.
+
+        Raises:
+            RuntimeError: keys or shapes that do not fit.
+        """
+        if strict and isinstance(state_dict, Mapping):
+            check_keys(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
 def convert_checkpoint(state_dict: Mapping[str, Any], release: str, prefix: str = "") -> OrderedDict[str, Any]:
     """Convert the state dict of a published QAConv matcher to one for `QAConv`.
 

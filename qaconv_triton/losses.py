@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -139,7 +138,7 @@ def predicted_class(scores: ClassScores, unscored: int) -> Tensor:
     return torch.where(is_unscored, first_unscored, best_class)
 
 
-class MatcherLoss(nn.Module):
+class MatcherLoss(checkpoint.CheckedModule):
     """What the losses share: the matcher, its scores of all pairs of a batch, and its resets.
 
     Args:
@@ -157,24 +156,6 @@ class MatcherLoss(nn.Module):
         super().__init__()
         _check_matcher(matcher)
         self.matcher: Any = matcher
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as `nn.Module` does; where keys are missing or unknown, nothing of it.
-
-        Args:
-            state_dict: as `state_dict` returns it.
-            strict: refuse keys that are missing or unknown.
-            assign: keep the tensors of `state_dict`, instead of copying from them.
-
-        Returns:
-            `missing_keys` and `unexpected_keys`.
-
-        Raises:
-            RuntimeError: keys or shapes that do not fit.
-        """
-        if strict and isinstance(state_dict, Mapping):
-            checkpoint.check_keys(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the parameters as an optimizer's groups: those that are whole, and those sharded over a mesh, if any.

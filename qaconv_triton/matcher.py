@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 SAMPLED_ROWS = 16  # of a class table, and of the values of each
 
 
-class QAConv(nn.Module):
+class QAConv(checkpoint.CheckedModule):
     """Score pairs of maps by their best local matches; with labels, each against the K classes nearest to its own.
 
     Args:
@@ -557,26 +556,6 @@ class QAConv(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         checkpoint.finish_saving(self, destination, prefix, keep_vars)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as `nn.Module` does, but nothing of one that is refused.
-
-        Checkpoints of published QAConv 2.1 and later load as they are; for older ones see `convert_checkpoint`.
-
-        Args:
-            state_dict: as `state_dict` returns it, or published.
-            strict: refuse keys that are missing or unknown.
-            assign: keep the tensors of `state_dict`, instead of copying from them.
-
-        Returns:
-            `missing_keys` and `unexpected_keys`.
-
-        Raises:
-            RuntimeError: keys or shapes that do not fit.
-        """
-        if strict and isinstance(state_dict, Mapping):
-            checkpoint.check_keys(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
