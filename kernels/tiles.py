@@ -28,6 +28,27 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def parts(b_tile, axis: tl.constexpr, HALVINGS: tl.constexpr):
+    """`2^HALVINGS` parts of `[X, Y]` along an axis, in order; one thread holds a position's elements of all."""
+    b_parts = (b_tile,)
+    for _ in tl.static_range(HALVINGS):
+        b_halves = ()
+        for i_part in tl.static_range(len(b_parts)):
+            b_halves = b_halves + _halves(b_parts[i_part], axis)
+        b_parts = b_halves
+    return b_parts
+
+
+@triton.jit
+def _halves(b_tile, axis: tl.constexpr):
+    if axis == 0:
+        b_pairs = tl.permute(tl.reshape(b_tile, [2, b_tile.shape[0] // 2, b_tile.shape[1]]), [1, 2, 0])
+    else:
+        b_pairs = tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1])
+    return tl.split(b_pairs)
+
+
+@triton.jit
 def sortable(values):
     """As `candidates.sortable`: float32 to int32 in the same order, NaN above everything, -0 equal to +0.
 

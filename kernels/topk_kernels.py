@@ -1,7 +1,7 @@
 """Kernels of top-k by cosine: append (launched by `topk_search.py`), select and sort. README.md has the derivation.
 
-One program multiplies a tile of rows with a tile of columns, and appends what exceeds a row's threshold to the row's
-candidate buffer; within one table every unordered pair of tiles is multiplied once, and what exceeds a column's
+One program multiplies a tile of rows with a tile of columns, and appends what may exceed a row's threshold to the row's
+candidate buffer; within one table every unordered pair of tiles is multiplied once, and what may exceed a column's
 threshold is appended to the column's buffer as well. Candidates are packed as in `common/candidates.py`. Torch selects
 from buffers that are longer than a kernel can hold in registers.
 """
@@ -16,99 +16,156 @@ from torch import Tensor
 from ..common import candidates as packing
 from . import config
 from .descriptors import load_tile
-from .tiles import HIGHEST, LOWEST, dot, sortable, unsortable
+from .tiles import HIGHEST, dot, parts, sortable, unsortable
 
 EMPTY = tl.constexpr(packing.EMPTY)
 HIGHEST_CANDIDATE = tl.constexpr(2**63 - 1)
 LAST_ID = tl.constexpr(packing.LAST_ID)
-NO_PAIR = tl.constexpr((packing.LOWEST << 32) | 0xFFFFFFFF)  # not below any candidate whose key is LOWEST
+INFINITY = tl.constexpr(0x7F800000)  # sortable
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 MAX_KERNEL_LIST = 4096  # of the buffers that the kernel selects from; longer ones are for torch
 MAX_SORTED_LIST = 1024  # of candidates that the kernel sorts; longer ones are for torch
 TORCH_TOPK_ENTRIES = 2**25  # candidates that torch selects from at a time
 
 
-@triton.jit
-def _halves(b_tile):  # [BM, BN] -> 2 x [BM, BN / 2]
-    return tl.split(tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1]))
-
-
-# What does not exceed its threshold branches past the atomic, and then past the store: most often a whole warp at once.
-# Addresses are computed where they are needed, for they would take four registers for every row and column.
+# Most pairs are candidates of neither of their ends: most often a whole warp branches past the atomics that reserve
+# places, and later past the stores. What only candidates need is computed there. A place is -1 where that end has no
+# candidate. Where neither has one, the row's place is -2 and the column's is undefined.
+# $0, $1 places in the row's and the column's buffer; $2 similarity; $3, $4 limits; $5, $6 row and column; $7 the column
+# that is the row's own; $8, $9 rows and columns; $10, $11 counts
 RESERVE = tl.constexpr("""{
-    .reg .pred %above;
-    .reg .b32 %position;
-    .reg .b64 %candidate, %count;
-    mov.b64 %candidate, {$2, $1};
-    mov.b32 %position, -1;
-    setp.gt.s64 %above, %candidate, $3;
-    @!%above bra $$DONE;
-    mad.wide.u32 %count, $4, 4, $5;
-    atom.relaxed.gpu.global.add.u32 %position, [%count], 1;
+    .reg .pred %either, %is_pair, %of_row, %of_column;
+    .reg .b32 %row_place, %column_place;
+    .reg .f32 %value;
+    .reg .b64 %count;
+    mov.b32 %row_place, -2;
+    setp.geu.f32 %either, $2, $3;
+    setp.geu.or.f32 %either, $2, $4, %either;
+    @!%either bra $$DONE;
+    mov.b32 %row_place, -1;
+    mov.b32 %column_place, -1;
+    min.f32 %value, $2, 0f7F7FFFFF;
+    setp.lt.s32 %is_pair, $5, $8;
+    setp.lt.and.s32 %is_pair, $6, $9, %is_pair;
+    setp.ne.and.s32 %is_pair, $6, $7, %is_pair;
+    setp.ge.and.f32 %of_row, %value, $3, %is_pair;
+    setp.ge.and.f32 %of_column, %value, $4, %is_pair;
+    mad.wide.u32 %count, $5, 4, $10;
+    @%of_row atom.relaxed.gpu.global.add.u32 %row_place, [%count], 1;
+    mad.wide.u32 %count, $6, 4, $11;
+    @%of_column atom.relaxed.gpu.global.add.u32 %column_place, [%count], 1;
 $$DONE:
-    mov.b32 $0, %position;
+    mov.b32 $0, %row_place;
+    mov.b32 $1, %column_place;
 }""")
+# $1, $2 places; $3 similarity; $4, $5 row and column; $6, $7 complements of their ids; $8 capacity; $9, $10 buffers
 STORE = tl.constexpr("""{
-    .reg .pred %fits;
-    .reg .b64 %candidate, %place, %offset;
-    setp.lt.u32 %fits, $1, $6;
-    @!%fits bra $$DONE;
-    mov.b64 %candidate, {$3, $2};
-    mul.wide.u32 %place, $4, $6;
-    cvt.u64.u32 %offset, $1;
-    add.u64 %place, %place, %offset;
+    .reg .pred %neither, %is_nan, %fits;
+    .reg .b32 %key, %sign;
+    .reg .b64 %candidate, %place;
+    setp.eq.s32 %neither, $1, -2;
+    @%neither bra $$DONE;
+    mov.b32 %key, $3;
+    shr.s32 %sign, %key, 31;
+    and.b32 %key, %key, 0x7fffffff;
+    xor.b32 %key, %key, %sign;
+    sub.s32 %key, %key, %sign;
+    setp.nan.f32 %is_nan, $3, $3;
+    selp.b32 %key, 0x7fffffff, %key, %is_nan;
+    setp.lt.u32 %fits, $1, $8;
+    mov.b64 %candidate, {$7, %key};
+    mul.wide.u32 %place, $4, $8;
     shl.b64 %place, %place, 3;
-    add.u64 %place, %place, $5;
-    st.global.b64 [%place], %candidate;
+    add.u64 %place, %place, $9;
+    mad.wide.u32 %place, $1, 8, %place;
+    @%fits st.global.b64 [%place], %candidate;
+    setp.lt.u32 %fits, $2, $8;
+    mov.b64 %candidate, {$6, %key};
+    mul.wide.u32 %place, $5, $8;
+    shl.b64 %place, %place, 3;
+    add.u64 %place, %place, $10;
+    mad.wide.u32 %place, $2, 8, %place;
+    @%fits st.global.b64 [%place], %candidate;
 $$DONE:
     mov.b32 $0, 0;
 }""")
 
 
 @triton.jit
-def _candidate(b_key, b_low):
-    return (b_key.to(tl.int64) << 32) | b_low.to(tl.uint32).to(tl.int64)  # the upper half is the key alone
+def _limits(p_thresholds, o_row, m_row, first_id):
+    """The lowest similarity that may exceed a row's threshold, for ids from `first_id` on; +inf where there is no row.
+
+    NaN counts as the largest finite number: it exceeds all of them, and equals a threshold of NaN.
+    """
+    b_threshold = tl.load(p_thresholds + o_row, mask=m_row, other=HIGHEST_CANDIDATE)
+    b_key = (b_threshold >> 32).to(tl.int32)
+    b_best_tie = (b_key.to(tl.int64) << 32) | (-2 - first_id).to(tl.uint32).to(tl.int64)
+    b_key = tl.minimum(b_key, INFINITY - 1) + (b_best_tie <= b_threshold).to(tl.int32)
+    return unsortable(tl.maximum(b_key, -INFINITY))
 
 
 @triton.jit
-def _reserve(p_counts, b_thresholds, o_row, b_key, b_id, BRANCH: tl.constexpr):
-    """Places in the buffers of `o_row`, which broadcasts to the shape of `b_key`, of what exceeds their thresholds.
+def _append(
+    p_row_buffers, p_row_counts, p_column_buffers, p_column_counts,
+    b_similarity,  # [BM, 16]
+    b_row_limits, b_column_limits,  # [BM, 1] and [1, 16] fp32: what is not below them is a candidate
+    o_row, o_column,  # [BM, 1] and [1, 16]
+    o_self,  # [BM, 1], or -1: the column that is the same item as the row
+    b_row_id, b_column_id, rows, columns, capacity,
+    MIRROR: tl.constexpr,
+    BRANCH: tl.constexpr,
+):  # fmt: skip
+    """Append what reaches its limit to buffers; their counts go on beyond the capacity.
 
-    -1 for the others.
+    All places are reserved before the first store waits for one.
     """
-    b_low = -2 - b_id  # 2^32 - 2 - id
     if BRANCH:
-        b_position = tl.inline_asm_elementwise(
+        b_row_place, b_column_place = tl.inline_asm_elementwise(
             RESERVE,
-            "=r,r,r,l,r,l",
-            [b_key, b_low, b_thresholds, o_row, p_counts.to(tl.int64)],
-            dtype=tl.int32,
+            "=r,=r,f,f,f,r,r,r,r,r,l,l",
+            [
+                b_similarity, b_row_limits, b_column_limits, o_row, o_column, o_self, rows, columns,
+                p_row_counts.to(tl.int64), p_column_counts.to(tl.int64),
+            ],
+            dtype=(tl.int32, tl.int32),
             is_pure=False,
             pack=1,
-        )
-    else:
-        above = _candidate(b_key, b_low) > b_thresholds
-        # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
-        p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(b_key.shape)
-        b_position = tl.where(above, tl.atomic_add(p_count, 1, mask=above, sem="relaxed"), -1)
-    return b_position
-
-
-@triton.jit
-def _append(p_buffers, b_position, o_row, b_key, b_id, capacity, BRANCH: tl.constexpr):
-    """Store candidates in the places that are reserved for them, as far as the buffers reach."""
-    b_low = -2 - b_id
-    if BRANCH:
+        )  # fmt: skip
         tl.inline_asm_elementwise(
             STORE,
-            "=r,r,r,r,r,l,r",
-            [b_position, b_key, b_low, o_row, p_buffers.to(tl.int64), capacity],
+            "=r,r,r,f,r,r,r,r,r,l,l",
+            [
+                b_row_place, b_column_place, b_similarity, o_row, o_column, -2 - b_row_id, -2 - b_column_id, capacity,
+                p_row_buffers.to(tl.int64), p_column_buffers.to(tl.int64),
+            ],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
-        )
+        )  # fmt: skip
     else:
-        p_place = p_buffers + o_row.to(tl.int64) * capacity + b_position
-        tl.store(p_place, _candidate(b_key, b_low), mask=(b_position >= 0) & (b_position < capacity))
+        b_key = sortable(b_similarity)
+        b_value = tl.where(b_similarity != b_similarity, LARGEST, b_similarity)
+        is_pair = (o_row < rows) & (o_column < columns) & (o_column != o_self)
+        b_row_place = _reserve(p_row_counts, o_row, is_pair & (b_value >= b_row_limits))
+        if MIRROR:
+            b_column_place = _reserve(p_column_counts, o_column, is_pair & (b_value >= b_column_limits))
+        _store(p_row_buffers, o_row, b_row_place, b_key, b_column_id, capacity)
+        if MIRROR:
+            _store(p_column_buffers, o_column, b_column_place, b_key, b_row_id, capacity)
+
+
+@triton.jit
+def _reserve(p_counts, o_row, is_candidate):
+    # "Not contiguous": else the atomics take a layout of their own, and their addresses pass through shared memory.
+    p_count = tl.max_contiguous(p_counts + o_row, [1, 1]).broadcast_to(is_candidate.shape)
+    return tl.where(is_candidate, tl.atomic_add(p_count, 1, mask=is_candidate, sem="relaxed"), -1)
+
+
+@triton.jit
+def _store(p_buffers, o_row, b_place, b_key, b_id, capacity):
+    b_candidate = (b_key.to(tl.int64) << 32) | (-2 - b_id).to(tl.uint32).to(tl.int64)  # 2^32 - 2 - id
+    p_place = p_buffers + o_row.to(tl.int64) * capacity + b_place
+    tl.store(p_place, b_candidate, mask=(b_place >= 0) & (b_place < capacity))
 
 
 @triton.jit(
@@ -168,39 +225,28 @@ def _append_kernel(
         b_dot = dot(b_rows, tl.trans(b_columns), b_dot, PRECISION)
 
     b_rnorm_row = tl.load(p_rnorm_rows + o_row, mask=m_row, other=0.0)
-    # Nothing exceeds the threshold of a row or column that is not there, and LOWEST exceeds no threshold.
-    b_row_thresholds = tl.load(p_row_thresholds + o_row, mask=m_row, other=HIGHEST_CANDIDATE)
-    b_row_thresholds = tl.maximum(b_row_thresholds, NO_PAIR)
-    is_mirrored = (is_same_chunk == 0) | (step > 0)
-    b_row_id = first_row + o_row[:, None]
-    # In parts of 16 columns, so that candidates and positions stay in registers.
-    PARTS: tl.constexpr = BN // 16
-    b_parts = (b_dot,)
-    for _ in tl.static_range(PARTS.bit_length() - 1):
-        b_halves = ()
-        for i_part in tl.static_range(len(b_parts)):
-            b_halves = b_halves + _halves(b_parts[i_part])
-        b_parts = b_halves
-    for i_part in tl.static_range(PARTS):
-        o_c = i_column + i_part * 16 + tl.arange(0, 16)
-        m_c = o_c < columns
-        b_column_id = first_column + o_c[None, :]
-        b_rnorm_column = tl.load(p_rnorm_columns + o_c, mask=m_c, other=0.0)
-        is_pair = m_row[:, None] & m_c[None, :]
-        if MIRROR:
-            is_pair = is_pair & (b_row_id != b_column_id)
+    b_row_limits = _limits(p_row_thresholds, o_row, m_row, first_column + i_column)
+    o_self = tl.full([BM], -1, tl.int32)
+    if MIRROR:
+        o_self = first_row - first_column + o_row
+    mirrored_columns = tl.where((is_same_chunk == 0) | (step > 0), columns, 0)
+    # In parts of 16 columns, so that candidates and places stay in registers.
+    b_parts = parts(b_dot, 1, (BN // 16).bit_length() - 1)
+    for i_part in tl.static_range(len(b_parts)):
+        o_column = i_column + i_part * 16 + tl.arange(0, 16)
+        m_column = o_column < columns
+        b_rnorm_column = tl.load(p_rnorm_columns + o_column, mask=m_column, other=0.0)
         # One factor for both, so that a pair's cosine is the same whichever of the two is the row.
-        b_key = sortable(b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :]))
-        b_key = tl.where(is_pair, b_key, LOWEST)
-        # all places are reserved before the first store waits for one
-        b_in_row = _reserve(p_row_counts, b_row_thresholds[:, None], o_row[:, None], b_key, b_column_id, BRANCH)
+        b_similarity = b_parts[i_part] * (b_rnorm_row[:, None] * b_rnorm_column[None, :])
+        b_column_limits = tl.full([16], float("inf"), tl.float32)
         if MIRROR:
-            b_thresholds = tl.load(p_column_thresholds + o_c, mask=m_c & is_mirrored, other=HIGHEST_CANDIDATE)
-            b_thresholds = tl.maximum(b_thresholds, NO_PAIR)
-            b_in_column = _reserve(p_column_counts, b_thresholds[None, :], o_c[None, :], b_key, b_row_id, BRANCH)
-        _append(p_row_buffers, b_in_row, o_row[:, None], b_key, b_column_id, capacity, BRANCH)
-        if MIRROR:
-            _append(p_column_buffers, b_in_column, o_c[None, :], b_key, b_row_id, capacity, BRANCH)
+            b_column_limits = _limits(p_column_thresholds, o_column, o_column < mirrored_columns, first_row + i_m * BM)
+        _append(
+            p_row_buffers, p_row_counts, p_column_buffers, p_column_counts, b_similarity,
+            b_row_limits[:, None], b_column_limits[None, :], o_row[:, None], o_column[None, :], o_self[:, None],
+            first_row + o_row[:, None], first_column + o_column[None, :], rows, columns, capacity,
+            MIRROR, BRANCH,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "capacity", "stride_best", "k"], do_not_specialize_on_alignment=["p_best"])

@@ -196,6 +196,52 @@ def test_more_candidates_than_a_sample_promises(
     assert rolled_back
 
 
+@pytest.fixture
+def short_buffers(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Kernels without estimates, whose buffers are compacted again and again; how often, and how often rolled back."""
+    calls = {"compact": 0, "rollback": 0}
+
+    def counted(name: str) -> None:
+        method = getattr(kernel.CandidateBuffer, name)
+
+        def call(*args: Any) -> None:
+            calls[name] += 1
+            method(*args)
+
+        monkeypatch.setattr(kernel.CandidateBuffer, name, call)
+
+    for name in calls:
+        counted(name)
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    monkeypatch.setattr(kernel, "_sizes", lambda queries, table, k, *_: (k + 306, len(queries.table)))
+    monkeypatch.setattr(kernel, "_raise_from_sample", lambda *_: None)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["duplicates", "exact", "all equal"])
+def test_ties_at_the_threshold_of_a_compacted_buffer(
+    name: str, short_buffers: dict[str, int], device: torch.device
+) -> None:
+    """What equals a threshold counts where its id is lower; lower ids may come later, for tiles go in a circle."""
+    table = adversarial_table(name, 700, device)
+    check_exactly(table, 9, *search(table, 9))
+    assert short_buffers["compact"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning:triton")
+def test_a_query_of_nan_does_not_fill_its_buffer(short_buffers: dict[str, int], device: torch.device) -> None:
+    """All its similarities equal its threshold, and have higher ids."""
+    keys, queries = embeddings(1500, 8, device), embeddings(20, 8, device)
+    queries[3] = torch.nan
+    values, indices = functional.topk_cosine(queries, keys, 5)
+    assert indices[3].tolist() == [0, 1, 2, 3, 4]
+    assert values[3].isnan().all()
+    finite = torch.arange(20, device=device) != 3
+    check(queries[finite], keys, 5, False, values[finite], indices[finite], decided=0.5)
+    assert short_buffers["compact"] > 0
+    assert short_buffers["rollback"] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

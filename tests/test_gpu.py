@@ -85,6 +85,31 @@ def test_topk_of_another_gallery(device: torch.device) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.usefixtures("kernels")
+def test_candidates_beyond_the_end_of_a_buffer_are_stored_nowhere(device: torch.device) -> None:
+    from qaconv_triton.common.candidates import EMPTY, unpack
+    from qaconv_triton.common.chunks import ChunkedTable
+    from qaconv_triton.kernels import config, topk_kernels, topk_search
+
+    count, capacity, untouched = 150, 37, 12345
+    table = adversarial_table()[:count].to(device)
+    (chunk,) = ChunkedTable(table, count, device, table.dtype).chunks([0])
+    memory = torch.full((count + 1, capacity), untouched, device=device)
+    buffer = topk_kernels.CandidateBuffer(count, capacity, device)
+    buffer.candidates, buffer.thresholds = memory[:count], torch.full_like(buffer.thresholds, EMPTY)
+    tiling = config.cosine_topk(table.shape[1], 4)[0]
+    search = topk_search.TopKSearch(1, capacity, tiling, memory[:count, :1], buffer.thresholds, None)
+    search._launch(chunk, chunk, buffer, buffer, 0, search._steps(count, is_same=True))
+    assert (memory[count] == untouched).all()
+    assert (buffer.counts == count - 1).all()
+    similarities, ids = unpack(memory[:count])
+    unit = reference.normalize(table.double())
+    torch.testing.assert_close((unit @ unit.mT).gather(1, ids).float(), similarities, atol=2e-5, rtol=0)
+    assert (ids != torch.arange(count, device=device)[:, None]).all()
+    assert (ids.sort(1).values.diff(dim=1) > 0).all()
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sparse_grad", [False, True])
 @pytest.mark.parametrize(("op", "sizes", "dtype", "autocast_dtype"), CASES)
 def test_scores_and_gradients(

@@ -2,7 +2,7 @@
 
 Candidates of a row all differ, so the k largest are one set, in whatever order they were found, and ties are ordered by
 ascending id. The low half is 2^32 - 2 - id, so that no candidate is the largest int64. This is the searches' tie rule:
-`topk_kernels._append` and `_sort_kernel` have it too, `cpu/cosine_topk.py` and `rescored_topk` count on it.
+`topk_kernels._limits`, `_append` and `_sort_kernel` have it too, `cpu/cosine_topk.py` and `rescored_topk` count on it.
 """
 
 from __future__ import annotations
