@@ -1,6 +1,6 @@
 """Correlation of feature maps with the best match kept both ways. README.md has the math.
 
-One program stays on one probe map and streams neighbour maps past it; the `[S, S]` correlation lives in registers only.
+One program stays on one probe map and streams neighbour maps past it; the `[S, S]` correlation never leaves the chip.
 Norms of raw gallery maps are a pass of their own (norms.py), gradients in max_correlation_backward.py. `pair_sums` is
 the forward with one score per pair.
 """
@@ -21,17 +21,34 @@ from . import config, tuning
 from .descriptors import described, load_tile, may_be_described
 from .max_correlation_backward import max_correlation_backward
 from .norms import inverse_norms, may_be_out_of_range
-from .tiles import HIGHEST, LOWEST, dot, normalized, sortable, unsortable
+from .tiles import HIGHEST, LOWEST, dot, normalized, parts, sortable, unsortable
 
 __all__ = ["max_correlation", "max_correlation_backward", "pair_sums"]
 
 
 @triton.jit
-def _reduce_tile(b_key, o_other, axis: tl.constexpr):
-    """Maxima of `[BR, BS]` over an axis, and where the first of each lies among its locations `o_other`."""
+def _first_best(b_key, b_location, axis: tl.constexpr):
+    """Maxima of a tile over an axis, and the lowest location where each is; locations broadcast to the tile."""
     b_best = tl.max(b_key, axis=axis)
     is_best = b_key == tl.expand_dims(b_best, axis)
-    return b_best, tl.min(tl.where(is_best, tl.expand_dims(o_other, 1 - axis), HIGHEST), axis=axis)
+    return b_best, tl.min(tl.where(is_best, b_location, HIGHEST), axis=axis)
+
+
+@triton.jit
+def _first_best_row(b_key, BR: tl.constexpr):
+    """Maxima of `[BR, BS]` over r, and the first r of each, counted in the tile.
+
+    A thread gets many r of one s, through shared memory, and compares them in its registers. In the layout of products
+    many threads share the r of every s, and would have to exchange what they find.
+    """
+    PART: tl.constexpr = 16
+    b_parts = parts(b_key, 0, (BR // PART).bit_length() - 1)
+    b_best = b_parts[0]
+    b_first = tl.zeros_like(b_best)
+    for i_part in tl.static_range(1, len(b_parts)):
+        b_first = tl.where(b_parts[i_part] > b_best, i_part * PART, b_first)
+        b_best = tl.maximum(b_best, b_parts[i_part])
+    return _first_best(b_best, b_first + tl.arange(0, PART)[:, None], 0)
 
 
 # One program: a probe, BS of its locations at a time, and KP neighbours, BR of their locations at a time. A turn:
@@ -104,13 +121,13 @@ def _forward_kernel(
             i_g = i_next_g
             is_pair = i_g >= 0
             i_slot = i_next_slot
-            i_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
-            i_next_g = tl.cast(i_k, tl.int64)
+            i_next_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
+            i_next_g = tl.cast(i_next_k, tl.int64)
             i_next_slot = i_next_g
             if HAS_INDEX:  # a tile ahead: no load waits for an id
-                i_next_g = tl.load(p_index + i_p * K + i_k)
+                i_next_g = tl.load(p_index + i_p * K + i_next_k)
                 if NORMALIZE:
-                    i_next_slot = tl.load(p_slots + i_p * K + i_k)
+                    i_next_slot = tl.load(p_slots + i_p * K + i_next_k)
             i_r = (i_tile % tiles) * BR
             o_r = i_r + tl.arange(0, BR)
             m_r = o_r < S
@@ -129,13 +146,16 @@ def _forward_kernel(
                     b_probe = b_probe.to(tl.float32)
                 b_corr = dot(b_neighbor.to(b_probe.dtype), tl.trans(b_probe), b_corr, PRECISION)
 
-            i_pair = i_p * K + i_first + i_tile // tiles
+            i_k = i_first + i_tile // tiles
+            i_pair = i_p * K + i_k
             is_last = i_r + BR >= S
             if NORMALIZE and not NORMALIZE_FIRST:
                 b_corr *= b_rnorm[:, None]
             if HAS_INDEX:
                 b_corr = tl.where(is_pair, b_corr, float("nan"))
-            b_key = tl.where(m_r[:, None] & m_s[None, :], sortable(b_corr), LOWEST)
+            # A mask of [BR, BS] as numbers: there are too few predicates, and the compiler would save and restore them.
+            b_bound = tl.minimum(tl.where(m_r, HIGHEST, LOWEST)[:, None], tl.where(m_s, HIGHEST, LOWEST)[None, :])
+            b_key = tl.minimum(sortable(b_corr), b_bound)
             o_out = i_pair * width + (0 if SUM else S) + o_r
             if SPLIT:  # What the blocks of s before this one have stored. The reductions below synchronise the threads:
                 # all of them have loaded it before one of them replaces it.
@@ -144,12 +164,12 @@ def _forward_kernel(
                 if not SUM:
                     b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
 
-            b_best, b_arg = _reduce_tile(b_key, o_r, 0)
+            b_best, b_arg = _first_best_row(b_key, BR)
             is_better = (b_best > b_best_s) | (i_r == 0)  # an equal one further on loses
-            b_arg_s = tl.where(is_better, b_arg, b_arg_s)
+            b_arg_s = tl.where(is_better, i_r + b_arg, b_arg_s)
             b_best_s = tl.where(is_better, b_best, b_best_s)
 
-            b_best_r, b_arg_r = _reduce_tile(b_key, o_s, 1)
+            b_best_r, b_arg_r = _first_best(b_key, o_s[None, :], 1)
             if SPLIT:
                 if not SUM:
                     b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
@@ -166,7 +186,7 @@ def _forward_kernel(
                 b_tile_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
                 b_sums = tl.where(i_r == 0, b_tile_sums, b_sums + b_tile_sums)
                 o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
-                o_sum = tl.cast(i_s // BS, tl.int64) * P * K + i_pair
+                o_sum = (tl.cast(i_s // BS, tl.int64) * P + i_p) * K + i_k
                 tl.store(p_sums + o_sum + o_one, tl.sum(b_sums[None, :], axis=1), mask=(o_one == 0) & is_last)
             else:
                 tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
