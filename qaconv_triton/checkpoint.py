@@ -7,6 +7,8 @@ Published QAConv has had three heads over the pooled values of a pair, S per hal
 - OAML: `fc.weight [1, 2S]`, the probe's half first, as here.
 
 A state dict of ours says so in its metadata, which `torch.save` keeps; safetensors and plain dicts lose it.
+
+The matcher and the losses are `CheckedModule`s: they check the keys of a state dict before they load any of it.
 """
 
 from __future__ import annotations
@@ -31,12 +33,13 @@ _logger = logging.getLogger(__name__)
 
 
 class CheckedModule(nn.Module):
-    """A module that loads a state dict in full or not at all."""
+    """A module that checks the keys of a state dict before it loads any of it."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as `nn.Module` does, but nothing of one that is refused.
+        """Load a state dict as `nn.Module` does; where keys are missing or unknown, nothing of it.
 
-        Checkpoints of published QAConv 2.1 and later load as they are; for older ones see `convert_checkpoint`.
+        Nor does a `QAConv` load anything where shapes do not fit. Checkpoints of published QAConv 2.1 and later load as
+        they are; for older ones see `convert_checkpoint`.
 
         Args:
             state_dict: as `state_dict` returns it, or published.
