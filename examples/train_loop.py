@@ -60,6 +60,8 @@ if options.checkpoint.exists():
     sampler.load_state_dict(saved["sampler"])
     matcher.class_neighbors = saved["graph"]  # that of the epoch that goes on
 
+if rank == 0 and sampler.epoch >= options.epochs:
+    print(f"{options.checkpoint} has all {options.epochs} epochs: remove it to train again")
 step = 0
 while sampler.epoch < options.epochs:
     for batch, target in DataLoader(TensorDataset(images, labels), batch_sampler=sampler):

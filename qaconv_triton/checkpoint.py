@@ -38,8 +38,8 @@ class CheckedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict as `nn.Module` does; where keys are missing or unknown, nothing of it.
 
-        Nor does a `QAConv` load anything where shapes do not fit. Checkpoints of published QAConv 2.1 and later load as
-        they are; for older ones see `convert_checkpoint`.
+        Nor is anything loaded where shapes do not fit a `QAConv` or a `ClassMemoryLoss`. Checkpoints of published
+        QAConv 2.1 and later load as they are; for older ones see `convert_checkpoint`.
 
         Args:
             state_dict: as `state_dict` returns it, or published.

@@ -90,6 +90,8 @@ class ClassMemoryLoss(MatcherLoss):
         self.class_memory = torch.zeros(shape, dtype=dtype, device=like.device)
         self.valid_class = torch.zeros(self.num_classes, dtype=dtype, device=like.device)
         self._log = MemoryLog()
+        self._loaded: tuple[dict[str, Tensor], bool] = {}, False  # and whether it is assigned, not copied
+        self.register_load_state_dict_post_hook(_take_loaded)  # type: ignore[no-untyped-call]
 
     def reset_running_stats(self) -> None:
         """Forget all classes, and reset the matcher's running statistics."""
@@ -204,10 +206,17 @@ class ClassMemoryLoss(MatcherLoss):
             if shape != getattr(self, name).shape:
                 errors.append(f"size mismatch for {keys[name]}: {shape} for {getattr(self, name).shape} in this module")
         checkpoint.refuse(self, errors)  # before the matcher is loaded
-        with torch.no_grad():
-            for name, value in loaded.items():
-                if local_metadata.get("assign_to_params_buffers", False):
-                    setattr(self, name, value.detach())
-                else:
-                    getattr(self, name).copy_(value)
-        self._log.clear()
+        self._loaded = loaded, local_metadata.get("assign_to_params_buffers", False)
+
+
+def _take_loaded(module: ClassMemoryLoss, _: Any) -> None:
+    """Take the memory of a state dict that the matcher, which is loaded between the two, has not refused."""
+    values, is_assigned = module._loaded
+    with torch.no_grad():
+        for name, value in values.items():
+            if is_assigned:
+                setattr(module, name, value.detach())
+            else:
+                getattr(module, name).copy_(value)
+    module._loaded = {}, False
+    module._log.clear()

@@ -179,6 +179,8 @@ def test_a_state_dict_that_does_not_fit_changes_no_memory() -> None:
         with pytest.raises(RuntimeError, match="class_memory"):
             module.load_state_dict({**other, "class_memory": misfit})
         assert torch.equal(module.matcher.fc.bias, bias)
+    with pytest.raises(RuntimeError, match=r"matcher\.fc\.bias"):
+        module.load_state_dict({**other, "class_memory": torch.ones(N, C, H, W), "matcher.fc.bias": torch.ones(3)})
     assert_all_close(memory_of(module), before, torch.float64)
     matcher_only = {name: value for name, value in good.items() if name not in NAMES}
     with pytest.raises(RuntimeError, match=r'Missing key.* "class_memory", "valid_class"'):
