@@ -79,8 +79,18 @@ def has_ptx() -> bool:
 
 
 def has_tma() -> bool:
-    """Whether the current GPU has a tensor memory accelerator, and Triton pipelines its copies: Hopper, Blackwell."""
-    return not INTERPRETED and generation() // 10 in (9, 10)
+    """Whether the current GPU has a tensor memory accelerator, and Triton pipelines its copies: Hopper, Blackwell.
+
+    Before 3.6 Triton does so, too, but then fp32 products spill.
+    """
+    return not INTERPRETED and generation() // 10 in (9, 10) and _triton_version() >= (3, 6)
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton  # not there on systems that never ask
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @cache
@@ -202,7 +212,8 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
     is_half, is_long = element_size == 2, dim >= 2048
     first = (64, 128, 8)
     if generation() // 10 == 9 and is_long:
-        first = (128, 256, 16) if is_half else (128, 128, 8)
+        # before 3.5 Triton takes more shared memory for larger ones than there is
+        first = (128, 256, 16) if is_half and _triton_version() >= (3, 5) else (128, 128, 8)
     elif generation() // 10 == 10 and is_half:
         first = (128, 256 if is_long else 128, 8)
     step = 128 // element_size

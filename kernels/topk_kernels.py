@@ -339,7 +339,8 @@ def _sort_kernel(
     m_candidate = (o_row < rows)[:, None] & (o_k < k)[None, :]
     o_candidate = o_row[:, None].to(tl.int64) * k + o_k[None, :]
     b_candidate = tl.load(p_candidates + o_candidate, mask=m_candidate, other=EMPTY)
-    for run in tl.static_range(1, BK.bit_length()):
+    RUNS: tl.constexpr = BK.bit_length()
+    for run in tl.static_range(1, RUNS):
         for i_step in tl.static_range(run):
             b_candidate = _exchange(b_candidate, run, 1 << (run - 1 - i_step))
     tl.store(p_similarities + o_candidate, unsortable((b_candidate >> 32).to(tl.int32)), mask=m_candidate)
