@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..versions import is_older
+
 # by Triton's NumPy interpreter: launches are slow, so prefer few large programs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -83,14 +85,15 @@ def has_tma() -> bool:
 
     Before 3.6 Triton does so, too, but then fp32 products spill.
     """
-    return not INTERPRETED and generation() // 10 in (9, 10) and _triton_version() >= (3, 6)
+    return not INTERPRETED and generation() // 10 in (9, 10) and _has_triton(3, 6)
 
 
 @cache
-def _triton_version() -> tuple[int, ...]:
+def _has_triton(major: int, minor: int) -> bool:
+    """Whether Triton is of this release or a later one."""
     import triton  # not there on systems that never ask
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return not is_older(triton.__version__, (major, minor))
 
 
 @cache
@@ -213,7 +216,7 @@ def cosine_topk(dim: int, element_size: int) -> list[Config]:
     first = (64, 128, 8)
     if generation() // 10 == 9 and is_long:
         # before 3.5 Triton takes more shared memory for larger ones than there is
-        first = (128, 256, 16) if is_half and _triton_version() >= (3, 5) else (128, 128, 8)
+        first = (128, 256, 16) if is_half and _has_triton(3, 5) else (128, 128, 8)
     elif generation() // 10 == 10 and is_half:
         first = (128, 256 if is_long else 128, 8)
     step = 128 // element_size

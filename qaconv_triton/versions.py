@@ -38,13 +38,14 @@ def check_versions(torch_version: str, triton_version: str | None) -> None:
         ImportError: naming the versions that are needed and those that were found.
     """
     versions = (("torch", torch_version, MIN_TORCH), ("triton", triton_version, MIN_TRITON))
-    too_old = [(name, version, minimum) for name, version, minimum in versions if _is_older(version, minimum)]
+    too_old = [(name, version, minimum) for name, version, minimum in versions if is_older(version, minimum)]
     if too_old:
         needed = " and ".join(f"{name} >= {minimum[0]}.{minimum[1]}" for name, _, minimum in too_old)
         found = " and ".join(f"{name} {version}" for name, version, _ in too_old)
         raise ImportError(f"qaconv_triton needs {needed}, found {found}")
 
 
-def _is_older(version: str | None, minimum: tuple[int, int]) -> bool:
+def is_older(version: str | None, minimum: tuple[int, int]) -> bool:
+    """Whether a version is below `minimum`; of one that has no numbers nothing is known."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")  # builds from source may have any other version
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < minimum

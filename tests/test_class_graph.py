@@ -39,6 +39,26 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def buffer_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the kernels' buffers are compacted, and how often rolled back."""
+    calls = {"compact": 0, "rollback": 0}
+
+    def counted(name: str) -> None:
+        method = getattr(kernel.CandidateBuffer, name)
+
+        def call(*args: Any) -> None:
+            calls[name] += 1
+            method(*args)
+
+        monkeypatch.setattr(kernel.CandidateBuffer, name, call)
+
+    for name in calls:
+        counted(name)
+    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+    return calls
+
+
+@pytest.fixture
 def pruning_device(backend: str, device: torch.device) -> torch.device:
     """Where a backend starts from thresholds: plain torch on the CPU only, for on CUDA it sorts the similarity."""
     return CPU if backend == "torch" else device
@@ -180,42 +200,22 @@ def test_a_cold_search_waits_for_few_values(device: torch.device, monkeypatch: p
 
 @pytest.mark.parametrize("most", [31, 100])
 def test_more_candidates_than_a_sample_promises(
-    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    most: int, buffer_calls: dict[str, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round that overflows is rolled back, and nothing is lost."""
-    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
-    rolled_back = []
-    rollback = kernel.CandidateBuffer.rollback
-    monkeypatch.setattr(
-        kernel.CandidateBuffer, "rollback", lambda *args: (rolled_back.append(args), rollback(*args))[1]
-    )
     monkeypatch.setattr(kernel, "_sizes", lambda queries, *_, **__: (120, len(queries.table)))
     monkeypatch.setattr(kernel, "_raise_from_sample", lambda *_: most)
     table = adversarial_table("exact", N, device)
     check_exactly(table, 30, *search(table, 30))
-    assert rolled_back
+    assert buffer_calls["rollback"] > 0
 
 
 @pytest.fixture
-def short_buffers(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Kernels without estimates, whose buffers are compacted again and again; how often, and how often rolled back."""
-    calls = {"compact": 0, "rollback": 0}
-
-    def counted(name: str) -> None:
-        method = getattr(kernel.CandidateBuffer, name)
-
-        def call(*args: Any) -> None:
-            calls[name] += 1
-            method(*args)
-
-        monkeypatch.setattr(kernel.CandidateBuffer, name, call)
-
-    for name in calls:
-        counted(name)
-    monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
+def short_buffers(buffer_calls: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Kernels without estimates, whose buffers are compacted again and again."""
     monkeypatch.setattr(kernel, "_sizes", lambda queries, table, k, *_: (k + 306, len(queries.table)))
     monkeypatch.setattr(kernel, "_raise_from_sample", lambda *_: None)
-    return calls
+    return buffer_calls
 
 
 @pytest.mark.parametrize("name", ["duplicates", "exact", "all equal"])
