@@ -1,7 +1,8 @@
 """What all tests rely on: kernels that run without a GPU too, poisoned memory, fixed seeds.
 
-Tests run on CUDA if there is a device, with compiled kernels, else on the CPU with interpreted ones. With `--benchmark`
-the perf checks run instead: see perf_gate.py.
+Tests run on CUDA if there is a device, with compiled kernels, else on the CPU with interpreted ones, or, with
+`QACONV_TESTS_KERNELS=emulated`, with compiled ones that are emulated: see compiled/launch.py. With `--benchmark` the
+perf checks run instead: see perf_gate.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and os.environ.get("QACONV_TESTS_KERNELS") != "emulated":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: the kernels' decorator reads it
 
 import sum_orders
@@ -25,10 +26,11 @@ import sum_orders
 pytest_plugins = ["perf_gate"]
 
 BACKEND_VARIABLE = "QACONV_TRITON_BACKEND"
+EMULATED = os.environ.get("QACONV_TESTS_KERNELS") == "emulated"
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
+    kernels = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "emulated" if EMULATED else "compiled"
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     sums = "mixed" if config.getoption("--mixed-sums") else f"{torch.backends.cpu.get_cpu_capability()}"
     return f"torch {torch.__version__}, kernels {kernels}, device {name}, sums {sums}"
@@ -45,6 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
         import interpreter
 
         interpreter.speed_up()
+    if EMULATED:
+        from compiled import hooks
+
+        hooks.install()
     if config.getoption("--benchmark"):
         return
     os.environ.setdefault("QACONV_TRITON_TUNE", "0")  # tests see the default tiles
@@ -101,6 +107,6 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def cpu_backend(backend: str) -> str:
     """As `backend`, for tensors on the CPU, which compiled kernels cannot take."""
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1" and not EMULATED:
         pytest.skip("kernels are compiled here: they take no CPU tensors")
     return backend
