@@ -168,7 +168,7 @@ class Translation:
         elif text.startswith("0f"):
             found = f"0x{text[2:]}u"
         else:
-            found = f"{int(text, 0) % 2**64:#x}ull"
+            found = f"{int(text.rstrip('U'), 0) % 2**64:#x}ull"
         return f"as<{kind}>({found})" if kind else found
 
     def _address(self, text: str, kind: str) -> str:
