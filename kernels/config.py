@@ -137,27 +137,34 @@ def _buffers(config: Config) -> int:
 
 
 def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
-    """Forward of max correlation: a `[BR, BS]` correlation tile, both maps in steps of BC channels.
+    """Forward of max correlation: `[BR, BS]` correlation tiles of BK neighbours, all maps in steps of BC channels.
 
     BS and BR are equal, the same in every configuration: `pair_sums` sizes its memory by their bound, `LARGEST_TILE`.
-    Few warps a program, for several programs on a multiprocessor: on an H200 others took 1.1 to 2 times as long.
+    Few warps a program, for several programs on a multiprocessor: on an H200 others took 1.1 to 2 times as long. Of two
+    neighbours or four the probe is read once, but TMA copies one map at a time; accumulators of fp32 products spill.
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
+    is_half = probe_size == gallery_size == 2
     step = 64 if probe_size == 2 else 32
-    is_narrow = generation() // 10 in (8, 12) and shared_memory() < 2**17
-    if is_narrow and probe_size == gallery_size:  # there wider steps may spill
-        step //= 2
+    stages = 4 if probe_size == 2 and generation() != AMD else 3
+    if generation() // 10 in (8, 12) and shared_memory() < 2**17:
+        stages -= 1
+        if probe_size == gallery_size:  # there wider steps may spill
+            step //= 2
     few, many = (4, 8) if tile == LARGEST_TILE else (2, 4)
-    stages = 4 if probe_size == 2 and not is_narrow and generation() != AMD else 3
-    listed = [(step, few, stages), (2 * step, few, 3), (step, few, 3), (step, many, 3), (2 * step, many, 3)]
-    if generation() // 10 == 10:  # there few warps may spill
-        listed.insert(0, (step, many, 3))
+    listed = [(1, step, few, stages), (1, 2 * step, few, 3), (1, step, few, 3), (1, step, many, 3), (2, step, many, 3)]
+    if is_half:
+        listed[-1:] = [(2, step, few, 3), (4, step, many, 3)]
+    if generation() // 10 == 10:  # there few warps may spill, and other numbers of stages
+        listed.insert(0, (1, step, many, 4 if is_half else 3 if probe_size == 4 else 2))
+    elif is_half and generation() // 10 in (8, 12):
+        listed.insert(0, (2, step, few, 3))
     found = [
-        Config({"BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, size)}, num_warps, num_stages)
-        for size, num_warps, num_stages in listed
+        Config({"BK": maps, "BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, size)}, num_warps, num_stages)
+        for maps, size, num_warps, num_stages in listed
     ]
     wider = max(probe_size, gallery_size)
-    return _fitting(found, lambda c: _buffers(c) * 2 * tile * c.tiles["BC"] * wider)
+    return _fitting(found, lambda c: _buffers(c) * (c.tiles["BK"] + 1) * tile * c.tiles["BC"] * wider)
 
 
 @cache

@@ -46,7 +46,7 @@ def described(tensor: Tensor, rows: int, columns: int, is_described: bool) -> An
 @triton.jit
 def load_tile(
     p_maps,  # [G, S, C]
-    i_map,  # int64; nothing is there where it is negative
+    i_map,  # int64, of one map, or `[MAPS * B]`, of every row; nothing is there where it is negative
     i_row,
     i_column,
     rows,  # S
@@ -55,18 +55,19 @@ def load_tile(
     stride_row,
     stride_column,
     TMA: tl.constexpr,
+    MAPS: tl.constexpr,
     B: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Rows and columns of a map, `[B, BC]`, zero where there are none."""
+    """Rows and columns of one map or of `MAPS` of them, `[MAPS * B, BC]`, zero where there are none."""
     if TMA:
         b_tile = p_maps.load([i_map.to(tl.int32), i_row, i_column]).reshape([B, BC])
     else:
-        o_row = i_row + tl.arange(0, B)
+        o_row = i_row + tl.arange(0, MAPS * B) % B
         o_column = i_column + tl.arange(0, BC)
-        p_map = p_maps + tl.maximum(i_map, 0) * stride_map
+        p_row = p_maps + (tl.maximum(i_map, 0) * stride_map + o_row.to(tl.int64) * stride_row)
         b_tile = tl.load(
-            p_map + o_row[:, None].to(tl.int64) * stride_row + o_column[None, :].to(tl.int64) * stride_column,
+            p_row[:, None] + o_column[None, :].to(tl.int64) * stride_column,
             mask=((o_row < rows) & (i_map >= 0))[:, None] & (o_column < columns)[None, :],
             other=0.0,
         )

@@ -36,26 +36,41 @@ def _first_best(b_key, b_location, axis: tl.constexpr):
 
 @triton.jit
 def _first_best_row(b_key, BR: tl.constexpr):
-    """Maxima of `[BR, BS]` over r, and the first r of each, counted in the tile.
+    """Maxima of `[BK, BR, BS]` over r, and the first r of each, counted in the tile.
 
     A thread gets many r of one s, through shared memory, and compares them in its registers. In the layout of products
     many threads share the r of every s, and would have to exchange what they find.
     """
     PART: tl.constexpr = 16
-    b_parts = parts(b_key, 0, (BR // PART).bit_length() - 1)
+    b_parts = parts(b_key, (BR // PART).bit_length() - 1)
     b_best = b_parts[0]
     b_first = tl.zeros_like(b_best)
     for i_part in tl.static_range(1, len(b_parts)):
         b_first = tl.where(b_parts[i_part] > b_best, i_part * PART, b_first)
         b_best = tl.maximum(b_best, b_parts[i_part])
-    return _first_best(b_best, b_first + tl.arange(0, PART)[:, None], 0)
+    return _first_best(b_best, b_first + tl.arange(0, PART)[None, :, None], 1)
 
 
-# One program: a probe, BS of its locations at a time, and KP neighbours, BR of their locations at a time. A turn:
-#   1. take the id that was loaded a turn ago, and load the next one
-#   2. multiply a tile of the neighbour with the probe's, some channels at a time
-#   3. reduce it: both maxima of the correlation, and where they lie
-#   4. fold the maxima over r into those of this neighbour's tiles so far; those over s, with what earlier blocks stored
+@triton.jit
+def _neighbors(
+    p_index, p_slots, i_pair, o_k, i_end, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr, BK: tl.constexpr
+):
+    """The gallery maps of a probe's pairs, -1 from `i_end` on, and their rows of norms."""
+    is_there = o_k < i_end if BK > 1 else True  # a tile of one neighbour has one
+    b_g = tl.where(is_there, o_k, -1).to(tl.int64)
+    b_slot = b_g
+    if HAS_INDEX:
+        b_g = tl.load(p_index + i_pair + o_k, mask=is_there, other=-1)
+        if HAS_SLOTS:
+            b_slot = tl.load(p_slots + i_pair + o_k, mask=is_there, other=0)
+    return b_g, b_slot
+
+
+# One program: a probe, BS of its locations at a time, and KP neighbours, BR locations of BK of them at a time. A turn:
+#   1. take the ids that were loaded a turn ago, and load the next ones
+#   2. multiply a tile of the neighbours with the probe's, some channels at a time
+#   3. reduce it: both maxima of every neighbour's correlation, and where they lie
+#   4. fold the maxima over r into those of the same maps' tiles so far; those over s, with what earlier blocks stored
 #   5. store what is complete
 # Several programs share a multiprocessor: one multiplies while another one reduces.
 @triton.jit(do_not_specialize=["P", "K", "KP"])
@@ -88,6 +103,7 @@ def _forward_kernel(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    BK: tl.constexpr,
     BS: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -100,63 +116,63 @@ def _forward_kernel(
     if HAS_PERMUTATION:
         i_p = tl.load(p_permutation + i_p)
     i_first = (i_program // P) * KP
-    tiles = tl.cdiv(S, BR) if SPLIT else 1  # of a neighbour; of one, nothing is divided below
-    count = tl.minimum(KP, K - i_first) * tiles
+    i_end = tl.minimum(i_first + KP, K)
+    tiles = tl.cdiv(S, BR) if SPLIT else 1  # of a map; of one, nothing is divided below
+    count = tl.cdiv(i_end - i_first, BK) * tiles
     width = S if SUM else 2 * S
+    o_k = tl.arange(0, BK)
+    o_row_k = tl.arange(0, BK * BR) // BR if BK > 1 else 0  # of every row; TMA wants a scalar
 
     for i_s in range(0, S if SPLIT else BS, BS):
         o_s = i_s + tl.arange(0, BS)
         m_s = o_s < S
-        b_best_s = tl.full([BS], LOWEST, tl.int32)
-        b_arg_s = tl.zeros([BS], tl.int32)
-        b_sums = tl.zeros([BS], tl.float32)
-        i_next_g = tl.cast(i_first, tl.int64)
-        i_next_slot = i_next_g
-        if HAS_INDEX:
-            i_next_g = tl.load(p_index + i_p * K + i_first)
-            if NORMALIZE:
-                i_next_slot = tl.load(p_slots + i_p * K + i_first)
+        b_best_s = tl.full([BK, BS], LOWEST, tl.int32)
+        b_arg_s = tl.zeros([BK, BS], tl.int32)
+        b_sums = tl.zeros([BK, BS], tl.float32)
+        b_next_g, b_next_slot = _neighbors(
+            p_index, p_slots, i_p * K, i_first + o_row_k, i_end, HAS_INDEX, NORMALIZE, BK
+        )
 
         for i_tile in range(0, count):
-            i_g = i_next_g
-            is_pair = i_g >= 0
-            i_slot = i_next_slot
-            i_next_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles
-            i_next_g = tl.cast(i_next_k, tl.int64)
-            i_next_slot = i_next_g
-            if HAS_INDEX:  # a tile ahead: no load waits for an id
-                i_next_g = tl.load(p_index + i_p * K + i_next_k)
-                if NORMALIZE:
-                    i_next_slot = tl.load(p_slots + i_p * K + i_next_k)
+            b_g = b_next_g
+            is_pair = b_g >= 0
+            b_slot = b_next_slot
+            i_next_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles * BK
+            # a tile ahead: no load waits for an id
+            b_next_g, b_next_slot = _neighbors(
+                p_index, p_slots, i_p * K, i_next_k + o_row_k, i_end, HAS_INDEX, NORMALIZE, BK
+            )
             i_r = (i_tile % tiles) * BR
-            o_r = i_r + tl.arange(0, BR)
+            o_r = i_r + tl.arange(0, BK * BR) % BR
             m_r = o_r < S
+            b_rnorm = tl.where(m_r & is_pair, 1.0, float("nan"))  # NaN times anything: the pair is none
             if NORMALIZE:
-                b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r & is_pair, other=0.0)
-            # [BR, BC] @ [BC, BS] -> [BR, BS]
-            b_corr = tl.zeros([BR, BS], tl.float32)
+                b_rnorm = tl.load(p_rnorm + b_slot * S + o_r, mask=m_r & is_pair, other=float("nan"))
+            # [BK * BR, BC] @ [BC, BS] -> [BK * BR, BS]
+            b_corr = tl.zeros([BK * BR, BS], tl.float32)
             for i_c in range(0, C, BC):
                 b_neighbor = load_tile(
-                    p_gallery, i_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c, TMA, BR, BC
-                )
+                    p_gallery, b_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c,
+                    TMA, BK, BR, BC,
+                )  # fmt: skip
                 if NORMALIZE_FIRST:
                     b_neighbor = normalized(b_neighbor, b_rnorm)
-                b_probe = load_tile(p_probe, i_p, i_s, i_c, S, C, S * C, C, 1, TMA, BS, BC)
+                b_probe = load_tile(p_probe, i_p, i_s, i_c, S, C, S * C, C, 1, TMA, 1, BS, BC)
                 if WIDEN:
                     b_probe = b_probe.to(tl.float32)
                 b_corr = dot(b_neighbor.to(b_probe.dtype), tl.trans(b_probe), b_corr, PRECISION)
 
-            i_k = i_first + i_tile // tiles
-            i_pair = i_p * K + i_k
+            i_k = i_first + i_tile // tiles * BK
             is_last = i_r + BR >= S
-            if NORMALIZE and not NORMALIZE_FIRST:
+            if (NORMALIZE or HAS_INDEX) and not NORMALIZE_FIRST:
                 b_corr *= b_rnorm[:, None]
-            if HAS_INDEX:
-                b_corr = tl.where(is_pair, b_corr, float("nan"))
-            # A mask of [BR, BS] as numbers: there are too few predicates, and the compiler would save and restore them.
+            # A mask of the tile as numbers: there are too few predicates, and the compiler would save and restore them.
             b_bound = tl.minimum(tl.where(m_r, HIGHEST, LOWEST)[:, None], tl.where(m_s, HIGHEST, LOWEST)[None, :])
             b_key = tl.minimum(sortable(b_corr), b_bound)
-            o_out = i_pair * width + (0 if SUM else S) + o_r
+            m_r = m_r & (i_k + o_row_k < i_end)
+            m_s_last = (i_k + o_k < i_end)[:, None] & m_s[None, :] & is_last
+            o_pair = i_p * K + i_k
+            o_out = (o_pair + o_row_k) * width + (0 if SUM else S) + o_r
             if SPLIT:  # What the blocks of s before this one have stored. The reductions below synchronise the threads:
                 # all of them have loaded it before one of them replaces it.
                 m_seen = m_r & (i_s > 0)
@@ -164,7 +180,7 @@ def _forward_kernel(
                 if not SUM:
                     b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
 
-            b_best, b_arg = _first_best_row(b_key, BR)
+            b_best, b_arg = _first_best_row(tl.reshape(b_key, [BK, BR, BS]), BR)
             is_better = (b_best > b_best_s) | (i_r == 0)  # an equal one further on loses
             b_arg_s = tl.where(is_better, i_r + b_arg, b_arg_s)
             b_best_s = tl.where(is_better, b_best, b_best_s)
@@ -178,21 +194,20 @@ def _forward_kernel(
                 tl.store(p_pooled + o_out, unsortable(b_best_r), mask=m_r)
 
             if SUM:
-                m_s_done = m_s & is_last
-                m_r_done = m_r & (i_s + BS >= S)
-                b_weight_s = tl.load(p_weight + o_s, mask=m_s_done, other=0.0)
-                b_weight_r = tl.load(p_weight + S + o_r, mask=m_r_done, other=0.0)
-                b_tile_sums = tl.where(m_s_done, unsortable(b_best_s) * b_weight_s, 0.0)
-                b_tile_sums += tl.where(m_r_done, unsortable(b_best_r) * b_weight_r, 0.0)  # BR is BS
+                m_r = m_r & (i_s + BS >= S)
+                b_weight_s = tl.load(p_weight + o_s, mask=m_s & is_last, other=0.0)
+                b_weight_r = tl.load(p_weight + S + o_r, mask=m_r, other=0.0)
+                b_tile_sums = tl.where(m_s_last, unsortable(b_best_s) * b_weight_s[None, :], 0.0)
+                b_row_sums = tl.where(m_r, unsortable(b_best_r) * b_weight_r, 0.0)
+                b_tile_sums += tl.reshape(b_row_sums, [BK, BR])  # BR is BS
                 b_sums = tl.where(i_r == 0, b_tile_sums, b_sums + b_tile_sums)
-                o_one = tl.arange(0, 1)  # a sum to a scalar breaks Triton 3.7's compiler on sm_100
-                o_sum = (tl.cast(i_s // BS, tl.int64) * P + i_p) * K + i_k
-                tl.store(p_sums + o_sum + o_one, tl.sum(b_sums[None, :], axis=1), mask=(o_one == 0) & is_last)
+                o_sum = (tl.cast(i_s // BS, tl.int64) * P + i_p) * K + i_k + o_k
+                tl.store(p_sums + o_sum, tl.sum(b_sums, axis=1), mask=is_last & (i_k + o_k < i_end))
             else:
                 tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
-                o_out = i_pair * width + o_s
-                tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s & is_last)
-                tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s & is_last)
+                o_out = (o_pair + o_k)[:, None] * width + o_s[None, :]
+                tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s_last)
+                tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s_last)
         if SPLIT:
             tl.debug_barrier()  # the next block of s reads what other threads of this program have written
 
@@ -285,14 +300,16 @@ def _launch_forward(
     neighbors = gallery.shape[0] if index is None else index.shape[1]
     share = config.neighbors_per_program(probes, neighbors)
     operands = config.operands(probe.dtype, gallery.dtype)
-    tma = may_be_described(probe, gallery)
+    fits_tma = may_be_described(probe, gallery)
 
     def launch(tiling: config.Config, is_out_of_range: Tensor | None = None) -> Any:
         tiles, num_warps, num_stages = tiling
-        return _forward_kernel[(probes * config.cdiv(neighbors, share),)](
+        tma = fits_tma and tiles["BK"] == 1
+        streamed = config.cdiv(share, tiles["BK"]) * tiles["BK"]
+        return _forward_kernel[(probes * config.cdiv(neighbors, streamed),)](
             described(probe, tiles["BS"], tiles["BC"], tma), described(gallery, tiles["BR"], tiles["BC"], tma),
             index, None if inverted is None else inverted.slots, permutation, pooled, argmax,
-            rnorm, is_out_of_range, weight, sums, probes, neighbors, share, locations, channels, *gallery.stride(),
+            rnorm, is_out_of_range, weight, sums, probes, neighbors, streamed, locations, channels, *gallery.stride(),
             HAS_INDEX=index is not None, HAS_PERMUTATION=permutation is not None, NORMALIZE=rnorm.numel() > 0,
             NORMALIZE_FIRST=is_out_of_range is not None, SUM=sums is not None, SPLIT=locations > tiles["BS"],
             **operands, TMA=tma, **tiles, num_warps=num_warps, num_stages=num_stages,
@@ -304,7 +321,7 @@ def _launch_forward(
         "permutation": permutation is not None,
         "norms": rnorm.numel() > 0,
         "sums": sums is not None,
-        "tma": tma,
+        "tma": fits_tma,
     }
     variant = tuning.variant(probe, gallery, [name for name, there in flags.items() if there])
     operations = 2.0 * probes * neighbors * locations**2 * channels

@@ -178,7 +178,7 @@ def _probe_gradient_kernel(
         m_r = (o_r < S) & (i_g >= 0)
         b_neighbor = load_tile(
             p_gallery, i_g, i_tile % tiles * BR, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c,
-            TMA, BR, BC,
+            TMA, 1, BR, BC,
         )  # fmt: skip
         p_pair = p_matches + i_pair * 2 * width
         b_grad_s, b_arg_s = _unpacked(tl.load(p_pair + o_s))
@@ -289,7 +289,7 @@ def _gallery_gradient_kernel(
             b_pair_radial = tl.load(p_radial + i_pair * width + o_r)
         o_s = i_tile % tiles * BS + tl.arange(0, BS)
         i_p = (i_pair.to(tl.uint32) // K.to(tl.uint32)).to(tl.int64)
-        b_probe = load_tile(p_probe, i_p, i_tile % tiles * BS, i_c, S, C, S * C, C, 1, TMA, BS, BC)
+        b_probe = load_tile(p_probe, i_p, i_tile % tiles * BS, i_c, S, C, S * C, C, 1, TMA, 1, BS, BC)
         p_pair = p_matches + i_pair * 2 * width
         b_grad_s, b_arg_s = _unpacked(tl.load(p_pair + o_s))
         b_grad_r, b_arg_r = _unpacked(tl.load(p_pair + width + o_r))
@@ -303,7 +303,7 @@ def _gallery_gradient_kernel(
     if NORMALIZE:
         b_rnorm = tl.load(p_rnorm + i_slot * S + o_r, mask=m_r, other=0.0)
         b_map = load_tile(
-            p_gallery, i_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c, TMA, BR, BC
+            p_gallery, i_g, i_r, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c, TMA, 1, BR, BC
         )
         b_scale, b_inverse = scale_and_inverse(b_rnorm)
         b_out -= b_map.to(tl.float32) * b_scale[:, None] * (b_inverse * b_radial)[:, None]

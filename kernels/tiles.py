@@ -28,23 +28,25 @@ def dot(a, b, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def parts(b_tile, axis: tl.constexpr, HALVINGS: tl.constexpr):
-    """`2^HALVINGS` parts of `[X, Y]` along an axis, in order; one thread holds a position's elements of all."""
+def parts(b_tile, HALVINGS: tl.constexpr):
+    """`2^HALVINGS` parts of `[X, Y]` or `[X, Y, Z]` along Y, in order; a thread has a position's elements of all."""
     b_parts = (b_tile,)
     for _ in tl.static_range(HALVINGS):
         b_halves = ()
         for i_part in tl.static_range(len(b_parts)):
-            b_halves = b_halves + _halves(b_parts[i_part], axis)
+            b_halves = b_halves + _halves(b_parts[i_part])
         b_parts = b_halves
     return b_parts
 
 
 @triton.jit
-def _halves(b_tile, axis: tl.constexpr):
-    if axis == 0:
-        b_pairs = tl.permute(tl.reshape(b_tile, [2, b_tile.shape[0] // 2, b_tile.shape[1]]), [1, 2, 0])
+def _halves(b_tile):
+    X: tl.constexpr = b_tile.shape[0]
+    HALF: tl.constexpr = b_tile.shape[1] // 2
+    if len(b_tile.shape) == 2:
+        b_pairs = tl.permute(tl.reshape(b_tile, [X, 2, HALF]), [0, 2, 1])
     else:
-        b_pairs = tl.permute(tl.reshape(b_tile, [b_tile.shape[0], 2, b_tile.shape[1] // 2]), [0, 2, 1])
+        b_pairs = tl.permute(tl.reshape(b_tile, [X, 2, HALF, b_tile.shape[2]]), [0, 2, 3, 1])
     return tl.split(b_pairs)
 
 

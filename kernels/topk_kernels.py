@@ -92,6 +92,12 @@ $$DONE:
 
 
 @triton.jit
+def _candidate(b_key, b_id):
+    """As `packing.pack`, from a sortable similarity."""
+    return (b_key.to(tl.int64) << 32) | (-2 - b_id).to(tl.uint32).to(tl.int64)  # 2^32 - 2 - id
+
+
+@triton.jit
 def _limits(p_thresholds, o_row, m_row, first_id):
     """The lowest similarity that may exceed a row's threshold, for ids from `first_id` on; +inf where there is no row.
 
@@ -99,8 +105,7 @@ def _limits(p_thresholds, o_row, m_row, first_id):
     """
     b_threshold = tl.load(p_thresholds + o_row, mask=m_row, other=HIGHEST_CANDIDATE)
     b_key = (b_threshold >> 32).to(tl.int32)
-    b_best_tie = (b_key.to(tl.int64) << 32) | (-2 - first_id).to(tl.uint32).to(tl.int64)
-    b_key = tl.minimum(b_key, INFINITY - 1) + (b_best_tie <= b_threshold).to(tl.int32)
+    b_key = tl.minimum(b_key, INFINITY - 1) + (_candidate(b_key, first_id) <= b_threshold).to(tl.int32)
     return unsortable(tl.maximum(b_key, -INFINITY))
 
 
@@ -163,9 +168,8 @@ def _reserve(p_counts, o_row, is_candidate):
 
 @triton.jit
 def _store(p_buffers, o_row, b_place, b_key, b_id, capacity):
-    b_candidate = (b_key.to(tl.int64) << 32) | (-2 - b_id).to(tl.uint32).to(tl.int64)  # 2^32 - 2 - id
     p_place = p_buffers + o_row.to(tl.int64) * capacity + b_place
-    tl.store(p_place, b_candidate, mask=(b_place >= 0) & (b_place < capacity))
+    tl.store(p_place, _candidate(b_key, b_id), mask=(b_place >= 0) & (b_place < capacity))
 
 
 @triton.jit(
@@ -219,8 +223,8 @@ def _append_kernel(
     i_table = tl.cast(0, tl.int64)
     b_dot = tl.zeros([BM, BN], tl.float32)
     for i_d in range(0, D, BD):
-        b_rows = load_tile(p_rows, i_table, i_m * BM, i_d, rows, D, 0, D, 1, TMA, BM, BD)
-        b_columns = load_tile(p_columns, i_table, i_column, i_d, columns, D, 0, D, 1, TMA, BN, BD)
+        b_rows = load_tile(p_rows, i_table, i_m * BM, i_d, rows, D, 0, D, 1, TMA, 1, BM, BD)
+        b_columns = load_tile(p_columns, i_table, i_column, i_d, columns, D, 0, D, 1, TMA, 1, BN, BD)
         # [BM, BD] @ [BD, BN] -> [BM, BN]
         b_dot = dot(b_rows, tl.trans(b_columns), b_dot, PRECISION)
 
@@ -231,7 +235,7 @@ def _append_kernel(
         o_self = first_row - first_column + o_row
     mirrored_columns = tl.where((is_same_chunk == 0) | (step > 0), columns, 0)
     # In parts of 16 columns, so that candidates and places stay in registers.
-    b_parts = parts(b_dot, 1, (BN // 16).bit_length() - 1)
+    b_parts = parts(b_dot, (BN // 16).bit_length() - 1)
     for i_part in tl.static_range(len(b_parts)):
         o_column = i_column + i_part * 16 + tl.arange(0, 16)
         m_column = o_column < columns

@@ -88,6 +88,34 @@ def test_however_many_neighbors_a_program_has(
     check(probe, gallery, nearest, group, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("together", "locations", "share"),
+    [(1, 6, 5), (2, 6, 2), (2, 49, 7), (4, 6, 1), (4, 17, 5), (2, 65, 3), (4, 65, 5)],
+)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_however_many_neighbors_a_tile_has(
+    together: int, locations: int, share: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them absent ones, places behind the last one, and in fp32 maps so long that they are normalised first."""
+    default = config.correlation_forward(locations, 16, dtype.itemsize, dtype.itemsize)[0]
+    tiling = default._replace(tiles={**default.tiles, "BK": together})
+    monkeypatch.setattr(config, "correlation_forward", lambda *_: [tiling])
+    monkeypatch.setattr(config, "neighbors_per_program", lambda *_: share)
+    size = SIZES[locations]
+    probe = correlations.prepared_maps(3, 16, size, DEVICE, dtype)
+    gallery = correlations.raw_maps(4, 16, size, DEVICE, dtype)
+    nearest, group = ids([[3, -1, 0, 2, 1], [-1, 2, 2, -1, -1], [3, -1, 0, 2, 1]]), ids([4, 0, 4])
+    if dtype == torch.float32:  # in half precision unit maps are rounded
+        gallery *= torch.tensor([1.0, 1e25, 1.0, 1e-25], device=DEVICE).view(4, 1, 1, 1)
+    correlations.check(probe, gallery, nearest, group, normalize=True)
+    check(probe, gallery, nearest, group, True)
+    unit = correlations.prepared_maps(5, 16, size, DEVICE, dtype)
+    for index in (None, nearest):
+        correlations.check(probe, unit, index)
+        check(probe, unit, index, None, False)
+
+
 @pytest.mark.parametrize("indexed", [False, True], ids=["all", "index"])
 def test_maps_of_more_than_a_tile_go_piece_by_piece(
     indexed: bool, backend: str, monkeypatch: pytest.MonkeyPatch
