@@ -4,6 +4,7 @@ python -m bench report --output docs
 """
 
 import argparse
+import csv
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from operator import attrgetter
@@ -16,6 +17,7 @@ from .cases import LETTERS, OURS
 from .results import Row
 
 DOCS = Path(__file__).parents[1] / "docs"
+TABLES = Path(__file__).parents[1] / "tests" / "static" / "tables"
 HEADINGS = {
     "graph": "Class graph: the K nearest of N classes for each of them, D dimensions",
     "classes": "Class path: B maps of C channels, H x W, M of a class, each against the K of N classes near its own",
@@ -39,9 +41,14 @@ beside it, then write the page again.
   Useful bytes: every map, pooled value, score and gradient once. Both are compared with what a large square `torch.mm`
   and a large copy reach in the same run. Backward passes on a CPU are not matrix products and have no share of
   `torch.mm`.
+"""
+COMPILED = """## Kernels as compiled, without a GPU
 
-Instructions, registers, barriers and estimated cycles of the kernels are in
-[kernels/README.md](../kernels/README.md#what-the-compiler-makes-of-them).
+`python -m bench static --cycles --save` estimates from machine code what a tile of similarities (class graph), or a
+pair of maps with all channels, takes of a multiprocessor: cycles of its tensor cores, and cycles to issue all
+instructions. The larger number bounds the time from below; neither includes waits. Registers and static instructions
+are a thread's, barriers and bytes those of a tile or pair. Each cell: commit 77da667, before the first run on a GPU,
+then now.
 """
 NO_GPU = """
 GPU figures are **not measured yet**. On a machine with a GPU, `make gpu-check` measures them and writes this page.
@@ -57,8 +64,26 @@ def main(arguments: list[str] | None = None) -> None:
     every = [row for path in sorted(options.results.glob("*/*.csv")) for row in results.read(path)]
     sections = [INTRODUCTION] if any(row.is_gpu for row in every) else [INTRODUCTION, NO_GPU]
     sections += [_device(rows, options.output) for rows in _grouped(every, attrgetter("device"))]
+    sections += [COMPILED, _compiled()]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "benchmarks.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def _compiled() -> str:
+    """What kernels took then and take now, of the tables of tests/static."""
+    then, now = (
+        {(line["case"], line["arch"]): line for path in sorted(TABLES.glob(f"*/{name}.csv")) for line in _lines(path)}
+        for name in ("cycles-77da667", "cycles")
+    )
+    columns = {"case": [case for case, _ in then], "arch": [arch for _, arch in then]}
+    for name in ("registers", "static_instructions", "barriers", "tensor_cycles", "issue_cycles", "bytes"):
+        columns[name.replace("_", " ")] = [f"{int(then[key][name]):,} → {int(now[key][name]):,}" for key in then]
+    return results.grid(columns) + "\n"
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[list[Row]]:

@@ -1,9 +1,9 @@
-"""An estimate of a kernel's cycles per tile, from its machine code: a change shows before it is timed.
+"""An estimate of what a kernel takes, from its machine code: a change shows before it is timed.
 
-A tile is one accumulator's worth: `[BR, BS]` of a pair of maps in the forward, a turn of `[BS, BR]` weights in the
-gradients, `[BM, BN]` similarities in the search. A multiprocessor takes at least as long as its tensor cores need for
-the product, and as its four schedulers need to issue the instructions, one a cycle each. Both arms of a branch count,
-but what an append branches past; stalls do not count: it is no measurement.
+Of the search that is a tile of similarities, `[BM, BN]`, of the other kernels a pair of maps with all channels. A
+multiprocessor takes at least as long as its tensor cores need for the product, and as its four schedulers need to issue
+the instructions, one a cycle each. Both arms of a branch count, but what an append branches past; stalls do not count:
+it is no measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PRODUCTS_A_CYCLE = {"sm_80": 1024, "sm_90": 2048, "sm_100": 4096}
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one tile."""
+    """Of one tile, or one pair of maps."""
 
     tensor_cycles: int
     issue_cycles: int
@@ -37,18 +37,20 @@ def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
     """Estimate a recorded launch that was compiled for `arch`, one of `PRODUCTS_A_CYCLE`."""
     sizes: dict[str, Any] = {**(recorder.arguments or {}), **recorder.constants}
     name, warps = recorder.kernel.__name__, recorder.options["num_warps"]
+    share = 1.0  # of an accumulator in a tile or pair
     if name == "_append_kernel":
         tile, length, step = (sizes["BM"], sizes["BN"]), sizes["D"], sizes["BD"]
         operand, read = sizes["p_rows"], (sizes["BM"] + sizes["BN"]) * length
     elif name == "_forward_kernel":
-        tile, length, step = (sizes["BR"], sizes["BS"]), sizes["C"], sizes["BC"]
-        operand, read = sizes["p_gallery"], (sizes["BR"] + sizes["BS"]) * length
+        pairs = sizes.get("BK", 1)
+        tile, length, step = (pairs * sizes["BR"], sizes["BS"]), sizes["C"], sizes["BC"]
+        operand, read, share = sizes["p_gallery"], (pairs * sizes["BR"] + sizes["BS"]) * length, 1 / pairs
     else:
         operand = sizes.get("p_probe", sizes["p_gallery"])
         of_gallery = name == "_gallery_gradient_kernel"
         tile = (sizes["BR" if of_gallery else "BS"], sizes["BC"])
         length = step = sizes["BS" if of_gallery else "BR"]
-        read = length * sizes["BC"]
+        read, share = length * sizes["BC"], -(-sizes["C"] // sizes["BC"])
     operand = getattr(operand, "base", operand)  # of a descriptor
     turns = -(-length // step)
     products = tile[0] * tile[1] * length
@@ -62,11 +64,11 @@ def estimate(recorder: Recorder, cubin: bytes, arch: str) -> Estimate:
     else:
         counts = loops[-1]
     return Estimate(
-        tensor_cycles=round(products / PRODUCTS_A_CYCLE[arch]),
-        issue_cycles=round(counts[0] * warps / SCHEDULERS),
-        instructions=round(counts[0]),
-        barriers=round(counts[1]),
-        bytes=read * operand.element_size(),
+        tensor_cycles=round(share * products / PRODUCTS_A_CYCLE[arch]),
+        issue_cycles=round(share * counts[0] * warps / SCHEDULERS),
+        instructions=round(share * counts[0]),
+        barriers=round(share * counts[1]),
+        bytes=round(share * read * operand.element_size()),
     )
 
 

@@ -3,7 +3,7 @@
 python -m bench static                           every kernel's default configuration, for every architecture
 python -m bench static --arch 90 --all-configs   with those that autotuning may choose from, of the main shapes
 python -m bench static --save                    all of this, to the committed tables
-python -m bench static --cycles                  an estimate of the cycles of a tile, sm_80, sm_90, sm_100
+python -m bench static --cycles [--save]         an estimate of the cycles of a tile, sm_80, sm_90, sm_100
 python -m bench static --times                   what the first call of a kernel waits for its compilation
 """
 
@@ -147,16 +147,20 @@ def save(found: Iterable[Report]) -> None:
     for each in found:
         files.setdefault(TABLES / f"{each.arch}.csv", []).append(line(each))
     for path, lines in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        _write(path, lines)
 
 
-def committed(arch: str) -> list[dict[str, str]]:
-    """The table of an architecture and this version of Triton; empty if there is none."""
-    path = TABLES / f"{arch}.csv"
+def _write(path: Path, lines: list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def committed(name: str) -> list[dict[str, str]]:
+    """The table of an architecture, or of cycles, with this version of Triton; empty if there is none."""
+    path = TABLES / f"{name}.csv"
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -207,15 +211,17 @@ def loops(arch: str) -> list[dict[str, Any]]:
 
 
 def cycles(arches: Iterable[str]) -> list[dict[str, str]]:
-    """An estimate of every main kernel's tile, a line each."""
+    """An estimate of what every main kernel takes, a line each."""
     lines = []
     for case, arch in product(filter(lambda each: each.is_main, _cases()), arches):
         with mock.patch.object(config, "generation", return_value=launches.generation_of(arch)):
             recorder, _ = launches.record(case)
         if recorder.kernel.__name__ in estimate.KERNELS:
-            found = estimate.estimate(recorder, launches.compile_for(recorder, arch).asm["cubin"], arch)
-            numbers = {name: str(number) for name, number in asdict(found).items()}
-            lines.append({"case": case.name, "arch": arch, "configuration": recorder.configuration} | numbers)
+            compiled = launches.compile_for(recorder, arch)
+            code, found = assembly.read(compiled), estimate.estimate(recorder, compiled.asm["cubin"], arch)
+            numbers = {"registers": code.registers, "static_instructions": code.instructions} | asdict(found)
+            names = {"case": case.name, "arch": arch, "configuration": recorder.configuration}
+            lines.append(names | {name: str(number) for name, number in numbers.items()})
     return lines
 
 
@@ -253,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench static", description=main.__doc__)
     parser.add_argument("--arch", type=architecture, nargs="+", default=list(TARGETS), help="80 90 gfx942 ...")
     parser.add_argument("--all-configs", action="store_true", help="of the main shapes all configurations")
-    parser.add_argument("--save", action="store_true", help="write the tables that the tests compare with")
+    parser.add_argument("--save", action="store_true", help="write the committed tables, or that of --cycles")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--sizes", action="store_true", help="instead: JSON of the launches that share compiled code")
     parser.add_argument("--loops", action="store_true", help="instead: JSON of what the kernels' loops carry")
@@ -264,21 +270,27 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sizes or options.loops:
         json.dump(compiled_sizes() if options.sizes else loops(options.arch[0]), sys.stdout)
     elif options.cycles:
-        lines = cycles(arch for arch in options.arch if arch in estimate.PRODUCTS_A_CYCLE)
-        print(results.grid({name: [each[name] for each in lines] for name in lines[0]}))
+        lines = cycles([arch for arch in options.arch if arch in estimate.PRODUCTS_A_CYCLE])
+        _print(lines, options.json)
+        if options.save:
+            _write(TABLES / "cycles.csv", lines)
     elif options.times:
         rows = first_call_times()
         print(results.grid({"case": [row.case for row in rows]} | results.columns(rows)))
         results.save(rows, options.output)
     else:
         found = list(reports(dict.fromkeys(options.arch), options.all_configs or options.save))
-        if options.json:
-            json.dump([asdict(each) for each in found], sys.stdout)
-        else:
-            lines = [{"arch": each.arch} | line(each) | {"seconds": f"{each.seconds:.2f}"} for each in found]
-            print(results.grid({name: [each[name] for each in lines] for name in lines[0]}))
+        lines = [{"arch": each.arch} | line(each) | {"seconds": f"{each.seconds:.2f}"} for each in found]
+        _print([asdict(each) for each in found] if options.json else lines, options.json)
         if options.save:
             save(found)
+
+
+def _print(lines: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        json.dump(lines, sys.stdout)
+    else:
+        print(results.grid({name: [each[name] for each in lines] for name in lines[0]}))
 
 
 if __name__ == "__main__":
