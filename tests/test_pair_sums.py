@@ -88,6 +88,7 @@ def test_however_many_neighbors_a_program_has(
     check(probe, gallery, nearest, group, True)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in products of maps that are too long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("together", "locations", "share"),
