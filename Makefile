@@ -26,7 +26,7 @@ ORDERS   := -k 'not triton or cosine_topk or class_graph or lowest or tie'
 TIES     := -k 'not triton or lowest or tie'
 # the tests of kernels, but those that would compile many more of them to no other end
 COMPILED := tests/compiled $(filter-out tests/test_corr% tests/test_class_table.py,$(PRODUCTS)) tests/test_norms.py \
-              -k '(triton or compiled) and not (repeat or layout or lie or any_table or all_channels)'
+              -k '(triton or compiled) and not (repeats_are or layout or they_lie or any_table or all_channels)'
 # the tests of measuring need no second version, and compiling for one architecture shows that Triton takes the kernels
 OLDEST_TESTS := $(filter-out $(patsubst %,tests/test_%.py,bench perf_gate performance scale),$(wildcard tests/test_*.py))
 SOURCES := $(wildcard qaconv_triton kernels tests bench examples) docs/site.py
@@ -50,7 +50,7 @@ test: lint ## lint, then the tests but those marked slow (ARGS='-m slow': these)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/$(PYTEST) $(ARGS)
 
 test-compiled: $(VENV)/dev.stamp ## the tests of kernels, as compiled for an A100 and emulated on the CPU; needs g++
-	OMP_NUM_THREADS=$(THREADS) CUDA_VISIBLE_DEVICES= QACONV_TESTS_KERNELS=emulated $(BIN)/$(PYTEST) --dist load $(COMPILED) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) QACONV_TESTS_KERNELS=emulated $(BIN)/$(PYTEST) --dist load $(COMPILED) $(ARGS)
 
 test-portable: $(VENV)/dev.stamp ## the tests of products as on other CPUs, with two threads, and with sums in mixed orders
 	OMP_NUM_THREADS=1 $(HASWELL) $(PORTABLE) $(ORDERS)

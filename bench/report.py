@@ -47,8 +47,8 @@ COMPILED = """## Kernels as compiled, without a GPU
 `python -m bench static --cycles --save` estimates from machine code what a tile of similarities (class graph), or a
 pair of maps with all channels, takes of a multiprocessor: cycles of its tensor cores, and cycles to issue all
 instructions. The larger number bounds the time from below; neither includes waits. Registers and static instructions
-are a thread's, barriers and bytes those of a tile or pair. Each cell: commit 77da667, before the first run on a GPU,
-then now.
+are a thread's, barriers and bytes those of a tile or pair. Before the arrow: commit 77da667, before the first
+run on a GPU.
 """
 NO_GPU = """
 GPU figures are **not measured yet**. On a machine with a GPU, `make gpu-check` measures them and writes this page.

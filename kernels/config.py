@@ -1,8 +1,9 @@
 """The only table of tile sizes, warps and stages.
 
-A shape class (locations, channels, element sizes) picks a row; sizes that change from batch to batch (P, G, N) never
-do, and kernels are not specialised on them: a new batch size compiles nothing new. Buffers are selected from in powers
-of two. The first configuration of a row is the default; tuning.py may find another of them faster on the GPU at hand.
+A shape class (locations, channels, element sizes, and whether K is 1, below 4, or not) picks a row; sizes that change
+from batch to batch (P, G, N) never do, and kernels are not specialised on them: a new batch size compiles nothing new.
+Buffers are selected from in powers of two. The first configuration of a row is the default; tuning.py may find another
+of them faster on the GPU at hand.
 Tile letters as in README.md: BS and BR locations, BC channels, BM and BN items.
 """
 
@@ -136,32 +137,43 @@ def _buffers(config: Config) -> int:
     return config.num_stages - (generation() == AMD)
 
 
-def correlation_forward(locations: int, channels: int, probe_size: int, gallery_size: int) -> list[Config]:
-    """Forward of max correlation: `[BR, BS]` correlation tiles of BK neighbours, all maps in steps of BC channels.
+def most_together(neighbors: int) -> int:
+    """How many of a probe's neighbours may share a tile: 1, 2 or 4."""
+    return 4 if neighbors >= 4 else 2 if neighbors > 1 else 1
+
+
+def correlation_forward(
+    locations: int, channels: int, probe_size: int, gallery_size: int, together: int
+) -> list[Config]:
+    """Forward of max correlation: `[BR, BS]` tiles of up to `together` neighbours (BK), maps in steps of BC channels.
 
     BS and BR are equal, the same in every configuration: `pair_sums` sizes its memory by their bound, `LARGEST_TILE`.
-    Few warps a program, for several programs on a multiprocessor: on an H200 others took 1.1 to 2 times as long. Of two
-    neighbours or four the probe is read once, but TMA copies one map at a time; accumulators of fp32 products spill.
+    Few warps a program, for several programs on a multiprocessor: on an H200 others took 1.1 to 2 times as long. A tile
+    of several neighbours loads the probe once for all of them, but not by TMA, which copies one map at a time; in fp32
+    it takes more warps, whose registers hold the split operands, too.
     """
     tile = _power_of_two(locations, 16, LARGEST_TILE)
     is_half = probe_size == gallery_size == 2
     step = 64 if probe_size == 2 else 32
     stages = 4 if probe_size == 2 and generation() != AMD else 3
-    if generation() // 10 in (8, 12) and shared_memory() < 2**17:
+    is_narrow = generation() // 10 in (8, 12) and shared_memory() < 2**17
+    if is_narrow:
         stages -= 1
         if probe_size == gallery_size:  # there wider steps may spill
             step //= 2
     few, many = (4, 8) if tile == LARGEST_TILE else (2, 4)
-    listed = [(1, step, few, stages), (1, 2 * step, few, 3), (1, step, few, 3), (1, step, many, 3), (2, step, many, 3)]
-    if is_half:
-        listed[-1:] = [(2, step, few, 3), (4, step, many, 3)]
-    if generation() // 10 == 10:  # there few warps may spill, and other numbers of stages
-        listed.insert(0, (1, step, many, 4 if is_half else 3 if probe_size == 4 else 2))
-    elif is_half and generation() // 10 in (8, 12):
-        listed.insert(0, (2, step, few, 3))
+    # (BK, BC, warps, stages)
+    alone = [(1, step, few, stages), (1, 2 * step, few, 3), (1, step, few, 3), (1, step, many, 3)]
+    several = [(2, step, few, 3), (4, step, many, 3)] if is_half else [(2, step, many, 3)]
+    listed = [*alone, *several]
+    if generation() // 10 == 8 and is_half and not is_narrow:
+        listed = [*several, *alone]
+    elif generation() // 10 == 10:  # few warps may spill there, and so may other numbers of stages
+        listed = [(1, step, many, 4 if is_half else 3 if probe_size == 4 else 2), *listed]
     found = [
         Config({"BK": maps, "BS": tile, "BR": tile, "BC": _power_of_two(channels, 16, size)}, num_warps, num_stages)
         for maps, size, num_warps, num_stages in listed
+        if maps <= together
     ]
     wider = max(probe_size, gallery_size)
     return _fitting(found, lambda c: _buffers(c) * (c.tiles["BK"] + 1) * tile * c.tiles["BC"] * wider)

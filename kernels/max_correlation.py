@@ -53,16 +53,16 @@ def _first_best_row(b_key, BR: tl.constexpr):
 
 @triton.jit
 def _neighbors(
-    p_index, p_slots, i_pair, o_k, i_end, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr, BK: tl.constexpr
+    p_index, p_slots, i_pair, i_k, i_end, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr, BK: tl.constexpr
 ):
-    """The gallery maps of a probe's pairs, -1 from `i_end` on, and their rows of norms."""
-    is_there = o_k < i_end if BK > 1 else True  # a tile of one neighbour has one
-    b_g = tl.where(is_there, o_k, -1).to(tl.int64)
+    """The gallery maps of a probe's pairs, -1 from `i_end` on, and their rows of norms; `i_k` is one or one a row."""
+    is_there = i_k < i_end if BK > 1 else True  # a tile of one neighbour has one
+    b_g = tl.where(is_there, i_k, -1).to(tl.int64)
     b_slot = b_g
     if HAS_INDEX:
-        b_g = tl.load(p_index + i_pair + o_k, mask=is_there, other=-1)
+        b_g = tl.load(p_index + i_pair + i_k, mask=is_there, other=-1)
         if HAS_SLOTS:
-            b_slot = tl.load(p_slots + i_pair + o_k, mask=is_there, other=0)
+            b_slot = tl.load(p_slots + i_pair + i_k, mask=is_there, other=0)
     return b_g, b_slot
 
 
@@ -116,7 +116,7 @@ def _forward_kernel(
     if HAS_PERMUTATION:
         i_p = tl.load(p_permutation + i_p)
     i_first = (i_program // P) * KP
-    i_end = tl.minimum(i_first + KP, K)
+    i_end = i_first + tl.minimum(KP, K - i_first)
     tiles = tl.cdiv(S, BR) if SPLIT else 1  # of a map; of one, nothing is divided below
     count = tl.cdiv(i_end - i_first, BK) * tiles
     width = S if SUM else 2 * S
@@ -145,7 +145,7 @@ def _forward_kernel(
             i_r = (i_tile % tiles) * BR
             o_r = i_r + tl.arange(0, BK * BR) % BR
             m_r = o_r < S
-            b_rnorm = tl.where(m_r & is_pair, 1.0, float("nan"))  # NaN times anything: the pair is none
+            b_rnorm = tl.where(m_r & is_pair, 1.0, float("nan"))  # what has no id is NaN
             if NORMALIZE:
                 b_rnorm = tl.load(p_rnorm + b_slot * S + o_r, mask=m_r & is_pair, other=float("nan"))
             # [BK * BR, BC] @ [BC, BS] -> [BK * BR, BS]
@@ -169,13 +169,13 @@ def _forward_kernel(
             # A mask of the tile as numbers: there are too few predicates, and the compiler would save and restore them.
             b_bound = tl.minimum(tl.where(m_r, HIGHEST, LOWEST)[:, None], tl.where(m_s, HIGHEST, LOWEST)[None, :])
             b_key = tl.minimum(sortable(b_corr), b_bound)
-            m_r = m_r & (i_k + o_row_k < i_end)
+            m_row = m_r & (i_k + o_row_k < i_end)
             m_s_last = (i_k + o_k < i_end)[:, None] & m_s[None, :] & is_last
             o_pair = i_p * K + i_k
             o_out = (o_pair + o_row_k) * width + (0 if SUM else S) + o_r
             if SPLIT:  # What the blocks of s before this one have stored. The reductions below synchronise the threads:
                 # all of them have loaded it before one of them replaces it.
-                m_seen = m_r & (i_s > 0)
+                m_seen = m_row & (i_s > 0)
                 b_seen = tl.where(m_seen, sortable(tl.load(p_pooled + o_out, mask=m_seen, other=0.0)), LOWEST)
                 if not SUM:
                     b_seen_arg = tl.load(p_argmax + o_out, mask=m_seen, other=0).to(tl.int32)
@@ -191,20 +191,20 @@ def _forward_kernel(
                     b_arg_r = tl.where(b_best_r > b_seen, b_arg_r, b_seen_arg)
                 b_best_r = tl.maximum(b_best_r, b_seen)
             if SPLIT or not SUM:
-                tl.store(p_pooled + o_out, unsortable(b_best_r), mask=m_r)
+                tl.store(p_pooled + o_out, unsortable(b_best_r), mask=m_row)
 
             if SUM:
-                m_r = m_r & (i_s + BS >= S)
+                m_row_last = m_row & (i_s + BS >= S)
                 b_weight_s = tl.load(p_weight + o_s, mask=m_s & is_last, other=0.0)
-                b_weight_r = tl.load(p_weight + S + o_r, mask=m_r, other=0.0)
+                b_weight_r = tl.load(p_weight + S + o_r, mask=m_row_last, other=0.0)
                 b_tile_sums = tl.where(m_s_last, unsortable(b_best_s) * b_weight_s[None, :], 0.0)
-                b_row_sums = tl.where(m_r, unsortable(b_best_r) * b_weight_r, 0.0)
+                b_row_sums = tl.where(m_row_last, unsortable(b_best_r) * b_weight_r, 0.0)
                 b_tile_sums += tl.reshape(b_row_sums, [BK, BR])  # BR is BS
                 b_sums = tl.where(i_r == 0, b_tile_sums, b_sums + b_tile_sums)
                 o_sum = (tl.cast(i_s // BS, tl.int64) * P + i_p) * K + i_k + o_k
                 tl.store(p_sums + o_sum, tl.sum(b_sums, axis=1), mask=is_last & (i_k + o_k < i_end))
             else:
-                tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_r)
+                tl.store(p_argmax + o_out, b_arg_r.to(p_argmax.dtype.element_ty), mask=m_row)
                 o_out = (o_pair + o_k)[:, None] * width + o_s[None, :]
                 tl.store(p_pooled + o_out, unsortable(b_best_s), mask=m_s_last)
                 tl.store(p_argmax + o_out, b_arg_s.to(p_argmax.dtype.element_ty), mask=m_s_last)
@@ -315,7 +315,8 @@ def _launch_forward(
             **operands, TMA=tma, **tiles, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
-    shape = config.shape_class(locations, channels, probe.element_size(), gallery.element_size())
+    sizes = probe.element_size(), gallery.element_size(), config.most_together(neighbors)
+    shape = config.shape_class(locations, channels, *sizes)
     flags = {
         "index": index is not None,
         "permutation": permutation is not None,

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 # Before CUDA starts: without it cuBLAS refuses to work deterministically.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+if os.environ.get("QACONV_TESTS_KERNELS") == "emulated":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: emulated kernels take tensors on the CPU
+
 import pytest
 import torch
 
@@ -47,9 +50,13 @@ def pytest_configure(config: pytest.Config) -> None:
         import interpreter
 
         interpreter.speed_up()
+    if (kernels := os.environ.get("QACONV_TESTS_KERNELS", "")) not in ("", "emulated"):
+        raise pytest.UsageError(f"QACONV_TESTS_KERNELS: expected 'emulated' or nothing, got {kernels!r}")
     if EMULATED:
-        from compiled import hooks
+        from compiled import hooks, launch
 
+        if not launch.can_build():
+            raise pytest.UsageError("QACONV_TESTS_KERNELS=emulated needs a g++ that compiles tests/compiled/runtime.h")
         hooks.install()
     if config.getoption("--benchmark"):
         return

@@ -25,7 +25,12 @@ from qaconv_triton.kernels.config import Config
 
 ARCHITECTURES = (80, 86, 89, 90, 100, config.AMD)
 SHAPES = {
-    config.correlation_forward: [(locations, 512, *sizes) for locations in (49, 192) for sizes in ((2, 2), (4, 4))],
+    config.correlation_forward: [
+        (locations, 512, *sizes, together)
+        for locations in (49, 192)
+        for sizes in ((2, 2), (2, 4), (4, 4))
+        for together in (1, 2, 4)
+    ],
     config.correlation_backward: [
         (locations, 512, *sizes, tma) for locations in (49, 192) for sizes in ((2, 2), (2, 4), (4, 4)) for tma in (0, 1)
     ],
@@ -328,6 +333,6 @@ def test_cache_keys_hold_dtypes_but_no_batch_size(
 
     full, half = torch.float32, torch.bfloat16
     assert len(keys(full, full, 3, 4, 2)) == 3
-    assert keys(full, full, 3, 4, 2) == keys(full, full, 1, 9, 5)
+    assert keys(full, full, 3, 6, 4) == keys(full, full, 1, 9, 5)
     kinds = [keys(*dtypes, 3, 4, k) for dtypes in ((full, full), (half, half)) for k in (2, None)]
     assert len(set.union(*kinds)) == sum(map(len, kinds))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,9 +19,7 @@ from .translate import translate
 
 HERE = Path(__file__).parent
 BUILDS = HERE.parents[1] / "build" / "compiled"
-COMPILER = (
-    "g++", "-O1", "-march=native", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off",
-)  # fmt: skip
+COMPILER = ("g++", "-O1", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off")
 MAX_SHARED_BYTES = 166_912  # of a block on sm_80 (CUDA programming guide)
 
 
@@ -92,19 +92,35 @@ class Kernel:
         return f"PTX line {line}: {lines[-1].strip()}  // {source}"
 
 
+@cache
+def can_build() -> bool:
+    """Whether there is a g++ that compiles the emulator, and a place for what it builds."""
+    try:
+        _header()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 def _built(text: str) -> Path:
     """The shared library of PTX, built where there is none yet."""
-    headers, translator = (
-        [(HERE / name).read_text(encoding="utf-8") for name in names]
-        for names in (("instructions.h", "runtime.h"), ("ptx.py", "translate.py"))
-    )
-    header = BUILDS / _key(*headers) / "runtime.h.gch"  # parsed once for all
-    if not header.exists():
-        _compile(header, "-x", "c++-header", str(HERE / "runtime.h"))
-    path = header.parent / f"{_key(*translator, text)}.so"
+    header = _header()
+    path = header.parent / f"{_key(*_sources('ptx.py', 'translate.py'), text)}.so"
     if not path.exists():
         _compile(path, "-shared", f"-I{header.parent}", f"-I{HERE}", "-x", "c++", "-", source=translate(text))
     return path
+
+
+def _header() -> Path:
+    """runtime.h, parsed once for all kernels."""
+    header = BUILDS / _key(*_sources("instructions.h", "runtime.h"), platform.machine()) / "runtime.h.gch"
+    if not header.exists():
+        _compile(header, "-x", "c++-header", str(HERE / "runtime.h"))
+    return header
+
+
+def _sources(*names: str) -> list[str]:
+    return [(HERE / name).read_text(encoding="utf-8") for name in names]
 
 
 def _key(*texts: str) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from .launch import EmulationError, Kernel
+from .launch import EmulationError, Kernel, can_build
 from .ptx import UnknownInstruction
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
 INFINITY, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    if not can_build():
+        pytest.skip("needs a g++ that compiles runtime.h")
 
 
 def kernel(body: str, num_warps: int = 1, shared_bytes: int = 0) -> Kernel:

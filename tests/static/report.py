@@ -270,7 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.sizes or options.loops:
         json.dump(compiled_sizes() if options.sizes else loops(options.arch[0]), sys.stdout)
     elif options.cycles:
-        lines = cycles([arch for arch in options.arch if arch in estimate.PRODUCTS_A_CYCLE])
+        arches = [arch for arch in options.arch if arch in estimate.PRODUCTS_A_CYCLE]
+        if not arches or (options.save and len(arches) < len(estimate.PRODUCTS_A_CYCLE)):
+            parser.error(f"--cycles is of {', '.join(estimate.PRODUCTS_A_CYCLE)}, with --save of all of them")
+        lines = cycles(arches)
         _print(lines, options.json)
         if options.save:
             _write(TABLES / "cycles.csv", lines)
