@@ -109,8 +109,9 @@ def test_every_kernel_compiles_and_fits(defaults: Reports) -> None:
 
 
 def test_no_spills(defaults: Reports, arch: str) -> None:
-    allowed = 0 if report.committed(arch) else FEW_SPILLS
-    assert [each for each in defaults if max(each.stack, each.local) > allowed] == []
+    if report.committed(arch):
+        assert [each for each in defaults if each.stack or each.local] == []
+    assert [each for each in defaults if each.stack > FEW_SPILLS] == []
 
 
 def test_products_are_on_the_tensor_cores(products: Reports, arch: str) -> None:
