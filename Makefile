@@ -100,7 +100,7 @@ gpu-test: WORKERS = $(shell half=$$(($$(nproc) / 2)); echo $$((half < 2 ? 2 : ha
 gpu-test: export OMP_NUM_THREADS = $(THREADS)
 gpu-test:
 	@$(call logged,240,$(PYTHON) -m pytest -n $(WORKERS) -k 'test_gpu or not slow' --durations 20 --ignore=tests/static \
-	    --ignore=tests/test_bench.py --ignore=tests/test_perf_gate.py)
+	    --ignore=tests/compiled --ignore=tests/test_bench.py --ignore=tests/test_perf_gate.py)
 
 # Without torch's cache each tensor has bounds of its own. Of Triton 3.6's code racecheck reports that threads write the same
 # place of shared memory in _norms_kernel and _prepare_kernel: all of them the same value, where a layout is converted.
