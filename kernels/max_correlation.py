@@ -21,7 +21,7 @@ from . import config, tuning
 from .descriptors import described, load_tile, may_be_described
 from .max_correlation_backward import max_correlation_backward
 from .norms import inverse_norms, may_be_out_of_range
-from .tiles import HIGHEST, LOWEST, dot, normalized, parts, sortable, unsortable
+from .tiles import HIGHEST, LOWEST, dot, neighbor_ids, normalized, parts, sortable, unsortable
 
 __all__ = ["max_correlation", "max_correlation_backward", "pair_sums"]
 
@@ -49,21 +49,6 @@ def _first_best_row(b_key, BR: tl.constexpr):
         b_first = tl.where(b_parts[i_part] > b_best, i_part * PART, b_first)
         b_best = tl.maximum(b_best, b_parts[i_part])
     return _first_best(b_best, b_first + tl.arange(0, PART)[None, :, None], 1)
-
-
-@triton.jit
-def _neighbors(
-    p_index, p_slots, i_pair, i_k, i_end, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr, BK: tl.constexpr
-):
-    """The gallery maps of a probe's pairs, -1 from `i_end` on, and their rows of norms; `i_k` is one or one a row."""
-    is_there = i_k < i_end if BK > 1 else True  # a tile of one neighbour has one
-    b_g = tl.where(is_there, i_k, -1).to(tl.int64)
-    b_slot = b_g
-    if HAS_INDEX:
-        b_g = tl.load(p_index + i_pair + i_k, mask=is_there, other=-1)
-        if HAS_SLOTS:
-            b_slot = tl.load(p_slots + i_pair + i_k, mask=is_there, other=0)
-    return b_g, b_slot
 
 
 # One program: a probe, BS of its locations at a time, and KP neighbours, BR locations of BK of them at a time. A turn:
@@ -129,7 +114,7 @@ def _forward_kernel(
         b_best_s = tl.full([BK, BS], LOWEST, tl.int32)
         b_arg_s = tl.zeros([BK, BS], tl.int32)
         b_sums = tl.zeros([BK, BS], tl.float32)
-        b_next_g, b_next_slot = _neighbors(
+        b_next_g, b_next_slot = neighbor_ids(
             p_index, p_slots, i_p * K, i_first + o_row_k, i_end, HAS_INDEX, NORMALIZE, BK
         )
 
@@ -139,7 +124,7 @@ def _forward_kernel(
             b_slot = b_next_slot
             i_next_k = i_first + tl.minimum(i_tile + 1, count - 1) // tiles * BK
             # a tile ahead: no load waits for an id
-            b_next_g, b_next_slot = _neighbors(
+            b_next_g, b_next_slot = neighbor_ids(
                 p_index, p_slots, i_p * K, i_next_k + o_row_k, i_end, HAS_INDEX, NORMALIZE, BK
             )
             i_r = (i_tile % tiles) * BR

@@ -22,7 +22,7 @@ from ..common.inverted_index import InvertedIndex
 from . import config, tuning
 from .descriptors import described, load_tile, may_be_described
 from .norms import may_be_out_of_range
-from .tiles import dot, match_weights, normalized, scale_and_inverse
+from .tiles import dot, match_weights, neighbor_ids, normalized, scale_and_inverse
 
 
 @triton.jit
@@ -114,18 +114,6 @@ def matches(
     return Matches(packed, radial, scale)
 
 
-@triton.jit
-def _neighbor(p_index, p_slots, i_pair, i_k, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr):
-    """The gallery map of a pair, and its row of norms."""
-    i_g = tl.cast(i_k, tl.int64)
-    i_slot = i_g
-    if HAS_INDEX:
-        i_g = tl.load(p_index + i_pair)
-        if HAS_SLOTS:
-            i_slot = tl.load(p_slots + i_pair)
-    return i_g, i_slot
-
-
 @triton.jit(do_not_specialize=["K"])
 def _probe_gradient_kernel(
     p_matches,  # [P, K, 2, width] int64
@@ -164,7 +152,7 @@ def _probe_gradient_kernel(
     o_c = i_c + tl.arange(0, BC)
     m_c = o_c < C
     tiles = tl.cdiv(S, BR) if SPLIT else 1
-    i_next_g, i_next_slot = _neighbor(p_index, p_slots, i_p * K, 0, HAS_INDEX, NORMALIZE)
+    i_next_g, i_next_slot = neighbor_ids(p_index, p_slots, i_p * K, 0, K, HAS_INDEX, NORMALIZE, 1)
 
     b_out = tl.zeros([BS, BC], tl.float32)
     for i_tile in range(0, K * tiles):
@@ -174,7 +162,7 @@ def _probe_gradient_kernel(
         i_slot = i_next_slot
         i_k = tl.minimum(i_tile + 1, K * tiles - 1) // tiles
         # a tile ahead: else the copy of a neighbour waits for its id, and the product for the copy
-        i_next_g, i_next_slot = _neighbor(p_index, p_slots, i_p * K + i_k, i_k, HAS_INDEX, NORMALIZE)
+        i_next_g, i_next_slot = neighbor_ids(p_index, p_slots, i_p * K, i_k, K, HAS_INDEX, NORMALIZE, 1)
         m_r = (o_r < S) & (i_g >= 0)
         b_neighbor = load_tile(
             p_gallery, i_g, i_tile % tiles * BR, i_c, S, C, stride_gallery_g, stride_gallery_s, stride_gallery_c,

@@ -71,6 +71,21 @@ def unsortable(keys):
 
 
 @triton.jit
+def neighbor_ids(
+    p_index, p_slots, i_pair, i_k, i_end, HAS_INDEX: tl.constexpr, HAS_SLOTS: tl.constexpr, BK: tl.constexpr
+):
+    """The gallery maps of a probe's pairs, -1 from `i_end` on, and their rows of norms; `i_k` is one or one a row."""
+    is_there = i_k < i_end if BK > 1 else True  # a tile of one neighbour has one
+    b_g = tl.where(is_there, i_k, -1).to(tl.int64)
+    b_slot = b_g
+    if HAS_INDEX:
+        b_g = tl.load(p_index + i_pair + i_k, mask=is_there, other=-1)
+        if HAS_SLOTS:
+            b_slot = tl.load(p_slots + i_pair + i_k, mask=is_there, other=0)
+    return b_g, b_slot
+
+
+@triton.jit
 def squares(
     p_rows,  # [X, 1]
     m_rows,  # [X]

@@ -9,7 +9,6 @@
 
 constexpr uint32_t CANONICAL_NAN = 0x7fffffff;  // of every result that is none
 
-
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 

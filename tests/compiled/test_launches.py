@@ -34,6 +34,14 @@ def test_every_launch_translates() -> None:
     assert len(known) > 70
 
 
+KERNELS = (max_correlation._forward_kernel, topk_search._append_kernel)
+
+
+def forget_compiled() -> None:
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
 def search() -> None:
     functional.class_neighbors(torch.randn(150, 200), 3)
 
@@ -47,12 +55,9 @@ def correlate() -> None:
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels, compiled anew in each test."""
     monkeypatch.setenv("QACONV_TRITON_BACKEND", "triton")
-    kernels = (max_correlation._forward_kernel, topk_search._append_kernel)
-    for kernel in kernels:
-        kernel.device_caches.clear()
+    forget_compiled()
     yield
-    for kernel in kernels:
-        kernel.device_caches.clear()
+    forget_compiled()
 
 
 @pytest.mark.parametrize("launch", [search, correlate])
@@ -70,7 +75,6 @@ def test_what_keeps_threads_in_step_is_needed(
         return Kernel(text.replace(removed, f"// {removed}"), num_warps, shared_bytes)
 
     monkeypatch.setattr(hooks, "Kernel", broken)
-    for kernel in (max_correlation._forward_kernel, topk_search._append_kernel):
-        kernel.device_caches.clear()
+    forget_compiled()
     with pytest.raises(EmulationError, match=error):
         launch()

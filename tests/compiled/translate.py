@@ -206,8 +206,9 @@ class Translation:
     def _comparison(self, instruction: Instruction) -> str:
         _, comparison, *combination, kind = instruction.parts
         target, first, second, *third = instruction.operands
-        name = COMPARISONS[COMPARISONS.index(comparison)]
-        value = f"is_{name}({self._operand(first, TYPES[kind])}, {self._operand(second, TYPES[kind])})"
+        if comparison not in COMPARISONS:
+            raise ValueError(comparison)
+        value = f"is_{comparison}({self._operand(first, TYPES[kind])}, {self._operand(second, TYPES[kind])})"
         for logic, text in zip(combination, third, strict=True):
             value = f"{value} {LOGIC[logic]} {self._operand(text, 'bool')}"
         return f"{self._operand(target)} = {value};"
@@ -252,7 +253,9 @@ class Translation:
             (operation,) = matters
             change = ATOMICS[operation].format(*(self._operand(text, type_) for text in values))
             value = f"[&]({type_} before) {{ return {change}; }}"
-            place = self._address(address, {"global": wide}[space])
+            if space != "global":
+                raise ValueError(space)
+            place = self._address(address, wide)
             return f"{self._operand(target)} = put(atomic<{type_}>(w, {place}, {value}, {line}));"
         address, vector = instruction.operands if name == "st" else instruction.operands[::-1]
         names, place = _elements(vector), self._address(address, wide)
